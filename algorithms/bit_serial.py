@@ -1,0 +1,139 @@
+"""BitMoD: each group of weights takes one of four special values, and a PE computes it term by term (HPCA 2025).
+
+Quantizer (section III-B, Algorithm 1; section III-C). Candidates in the order of the paper: extra resolution +, -,
+extra asymmetry +, -. A group's type is the one with the least squared error at the scale max |w| / max |level|, the
+first of equals, in exact arithmetic (the authors' script squares in FP16, where small errors vanish and wrong types
+are chosen). Then the scales of one output channel are quantized once to 8 bits: channel scale = max(scales) / 127 in
+FP32, group scale = scale / channel scale rounded to nearest even, at least 1 (Equation 1, as in VS-Quant; the
+authors' script uses 255). Weights go to the nearest level for the product of both scales. An all-zero group has the
+group scale 1, an all-zero channel also the channel scale 1.
+
+An extra-asymmetry type scales by its special value's magnitude whichever sign the group's extreme has, as Algorithm 1
+says; an extreme of the other sign saturates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from termwise.algorithms import grid
+from termwise.algorithms.datatypes import DataType
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import Format
+from termwise.algorithms.integer import Parts, empty_parts
+from termwise.algorithms.packing import pack, unpack
+from termwise.algorithms.processing_element import UnsupportedFormatError
+
+SCALE_MAX = 127
+"""Largest quantized group scale (BitMoD Equation 1: symmetric 8 bits)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitSerialSpec:
+    """A PE of 4 lanes that takes one term, a signed power of two, of 4 weights per cycle (BitMoD section IV).
+
+    Activations are FP16. Integers of up to 8 bits arrive as radix-4 Booth digits; other types as at most
+    ``fixed_point_terms`` signed powers of two of a fixed-point number of ``fixed_point_bits`` magnitude bits
+    (I3 I2 I1 I0 . F0). A zero point is part of the integer: code - zero point has one bit more.
+    """
+
+    kind: ClassVar[str] = "bit_serial"
+    lanes: int = 4
+    fixed_point_bits: int = 5
+    fixed_point_terms: int = 2
+
+    def cycles_per_step(self, weights: Format) -> int:
+        """Terms of the widest data type of the format: 4 for INT8, 3 for INT6 and INT5, 2 for BitMoD's types.
+
+        Raises ``UnsupportedFormatError`` for values that have no such terms.
+        """
+        if weights.family == "fp16":
+            raise UnsupportedFormatError(
+                "the bit-serial PE (BitMoD) takes integers and its own types, not fp16 weights"
+            )
+        if weights.family == "int-asym":
+            if weights.weight_bits > 7:
+                raise UnsupportedFormatError(
+                    "the bit-serial PE (BitMoD) takes integers of up to 8 bits; "
+                    f"{weights.name} minus its zero point has 9"
+                )
+            return (weights.weight_bits + 2) // 2
+        return max(self.terms(datatype) for datatype in weights.datatypes)
+
+    def terms(self, datatype: DataType) -> int:
+        """Terms, hence cycles, of a dot-product step of ``datatype``. Raises ``UnsupportedFormatError``."""
+        if datatype.integer and datatype.bits <= 8:
+            return datatype.terms
+        magnitudes = np.abs(datatype.sorted_numerators)
+        least_bit = int(np.bitwise_or.reduce(magnitudes))
+        shift = (least_bit & -least_bit).bit_length() - 1
+        if (datatype.max_numerator >> shift).bit_length() > self.fixed_point_bits:
+            raise UnsupportedFormatError(
+                f"the bit-serial PE (BitMoD) has {self.fixed_point_bits} magnitude bits; {datatype.name} spans more"
+            )
+        if datatype.terms > self.fixed_point_terms:
+            raise UnsupportedFormatError(
+                f"the bit-serial PE (BitMoD) takes {self.fixed_point_terms} terms; "
+                f"{datatype.name} needs {datatype.terms}"
+            )
+        return self.fixed_point_terms
+
+    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
+        """Booth digits of a key or value. Raises ``InputError`` above 8 bits."""
+        if key_value_bits > 8:
+            raise InputError(f"the bit-serial PE (BitMoD) takes keys and values of up to 8 bits; got {key_value_bits}")
+        return (key_value_bits + 1) // 2
+
+    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
+        """Weights are buffered as they are packed."""
+        return weights.bits_per_weight(outputs, inputs)
+
+
+def quantize_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Second-level scales: 8-bit group scales [outputs, groups] under one FP32 scale per output channel [outputs].
+
+    Raises ``InputError`` when a channel scale is outside the normal range of FP32.
+    """
+    channel = (scales.max(axis=1) / SCALE_MAX).astype(np.float32)
+    channel[channel == 0] = 1
+    if channel.min() < np.finfo(np.float32).tiny:
+        raise InputError(
+            f"a channel needs the scale {channel.min():.4g}; expected at least 1.2e-38, a normal FP32 number"
+        )
+    return np.clip(np.rint(scales / channel[:, None]), 1, SCALE_MAX).astype(np.uint8), channel
+
+
+def quantize(weights: grid.Weights, format: Format) -> Parts:
+    """``codes``, ``selectors``, ``group_scales`` and ``channel_scales`` of ``weights`` [outputs, inputs]."""
+    parts = empty_parts(weights, format)
+    group_size = format.group_size or weights.shape[1]
+    tables = grid.Tables(format.datatypes)
+    maxima = np.array([datatype.maximum for datatype in format.datatypes])
+    for rows, block in grid.row_blocks(weights):
+        chosen, largest = grid.choose(block, group_size, format.datatypes, tables)
+        group_scales, channel_scales = quantize_scales(largest / maxima[chosen])
+        parts["group_scales"][rows] = group_scales
+        parts["channel_scales"][rows] = channel_scales
+        parts["selectors"][rows] = pack(chosen, format.selector_bits)
+        codes = grid.encode(block, group_size, _products(group_scales, channel_scales), chosen, tables)
+        parts["codes"][rows] = pack(codes, format.weight_bits)
+    return parts
+
+
+def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
+    """Exact inverse of the encoding: float32 [outputs, inputs]."""
+    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
+    chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
+    levels = grid.Tables(format.datatypes).levels[chosen]
+    scales = _products(parts["group_scales"], parts["channel_scales"])
+    return grid.decode(codes, format.group_size or inputs, scales, levels)
+
+
+def _products(group_scales: NDArray[np.generic], channel_scales: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Scale of every group, exact in float64 (8 bits × 24 bits), [outputs, groups]."""
+    product: NDArray[np.float64] = group_scales.astype(np.float64) * channel_scales.astype(np.float64)[:, None]
+    return product

@@ -1,0 +1,70 @@
+"""ANT: a group takes the integer or the flint grid, whichever has the smaller error (MICRO 2022, section IV).
+
+As BitMoD evaluates ANT at group granularity, each group is scaled by max |w| / max |level| and the type is chosen by
+squared error at that scale, the integer first among equals. Scales are FP16; one bit per group names the type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from termwise.algorithms import grid
+from termwise.algorithms.formats import Format
+from termwise.algorithms.integer import Parts, empty_parts, half_scales
+from termwise.algorithms.packing import pack, unpack
+from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlintSpec:
+    """A bit-parallel PE with ANT's decoder, as BitMoD section V-A compares with: one weight of up to 8 bits a cycle.
+
+    Activations are FP16. It takes integers and flint; not BitMoD's special values, abfloat, or zero points.
+    """
+
+    kind: ClassVar[str] = "flint"
+    lanes: int = 1
+
+    def cycles_per_step(self, weights: Format) -> int:
+        """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
+        if weights.family not in ("int", "ant"):
+            raise UnsupportedFormatError(
+                f"the flint PE (ANT) decodes integer and flint weights; {weights.name} needs another decoder"
+            )
+        return 1
+
+    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
+        """One cycle for keys and values of up to 8 bits."""
+        return bit_parallel_key_value_cycles(self.kind, key_value_bits)
+
+    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
+        """Weights are buffered as they are packed."""
+        return weights.bits_per_weight(outputs, inputs)
+
+
+def quantize(weights: grid.Weights, format: Format) -> Parts:
+    """``codes``, ``scales`` and ``selectors`` of ``weights`` [outputs, inputs]."""
+    parts = empty_parts(weights, format)
+    group_size = format.group_size or weights.shape[1]
+    tables = grid.Tables(format.datatypes)
+    maxima = np.array([datatype.maximum for datatype in format.datatypes])
+    for rows, block in grid.row_blocks(weights):
+        chosen, largest = grid.choose(block, group_size, format.datatypes, tables)
+        scales = half_scales(largest / maxima[chosen])
+        parts["scales"][rows] = scales
+        parts["selectors"][rows] = pack(chosen, format.selector_bits)
+        codes = grid.encode(block, group_size, scales.astype(np.float64), chosen, tables)
+        parts["codes"][rows] = pack(codes, format.weight_bits)
+    return parts
+
+
+def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
+    """Exact inverse of the encoding: float32 [outputs, inputs]."""
+    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
+    chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
+    levels = grid.Tables(format.datatypes).levels[chosen]
+    return grid.decode(codes, format.group_size or inputs, parts["scales"].astype(np.float64), levels)

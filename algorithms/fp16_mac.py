@@ -1,0 +1,57 @@
+"""The FP16 baseline: weights as IEEE binary16, one multiply-accumulate per PE and cycle (BitMoD section V-A)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import Format
+from termwise.algorithms.grid import Weights, row_blocks
+from termwise.algorithms.integer import Parts, empty_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16MacSpec:
+    """A PE that multiplies one FP16 weight by one FP16 activation per cycle.
+
+    Weights of any other format are decoded to FP16 on their way from DRAM into the weight buffer, where each takes 16
+    bits; the decoder keeps pace with DRAM and its energy and area are not counted.
+    """
+
+    kind: ClassVar[str] = "fp16_mac"
+    lanes: int = 1
+
+    def cycles_per_step(self, weights: Format) -> int:  # noqa: ARG002  # every format is FP16 here
+        """One cycle, whatever the weights were stored as."""
+        return 1
+
+    def key_value_cycles_per_step(self, key_value_bits: int) -> int:  # noqa: ARG002
+        """One cycle."""
+        return 1
+
+    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
+        """16 bits per weight: they are decoded before they are buffered."""
+        return 16.0
+
+
+def quantize(weights: Weights, format: Format) -> Parts:
+    """``values``: ``weights`` [outputs, inputs] rounded to FP16. Raises ``InputError`` where one is too large."""
+    parts = empty_parts(weights, format)
+    for rows, block in row_blocks(weights):
+        with np.errstate(over="ignore"):
+            values = block.astype(np.float16)
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"a weight of {np.abs(block).max():.4g} has no FP16 value; expected magnitudes up to 65504"
+            )
+        parts["values"][rows] = values
+    return parts
+
+
+def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:  # noqa: ARG001
+    """The FP16 values as float32 [outputs, inputs]."""
+    return parts["values"].astype(np.float32)

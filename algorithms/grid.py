@@ -1,0 +1,346 @@
+"""Quantization to a grid: every group of weights takes the levels of one data type times one scale.
+
+INT, INT-asym, BitMoD and ANT are grids that differ in how a group chooses its data type and in how its scale is kept.
+The two steps that cost time stand here once, as Numba kernels with a Python reference beside them:
+
+* ``choose``: which data type gives a group the least squared error, when its scale is max |w| / max |level|
+  (BitMoD, Algorithm 1). The first of equals wins.
+* ``encode``: the code of the level nearest to each weight, for a scale that is given. A weight midway between two
+  levels takes the lower (more negative) one.
+
+Both are exact. Weights are binary fractions of at most 24 significant bits and levels integers of at most 8, so a
+weight is compared with a threshold without rounding. Only the sums of squared errors round: where two candidates come
+closer than the bound on that rounding, the group is decided again in integers of any length.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from termwise.algorithms.datatypes import DataType
+
+Weights = NDArray[np.float16] | NDArray[np.float32]
+Decoded = NDArray[np.float32]
+
+ROWS_AT_ONCE = 64
+"""Rows that are widened to float32 at a time: what a quantizer holds beside its input and its output."""
+
+UNDECIDED = np.uint8(255)
+"""Mark of a group whose candidates' errors are too close to be told apart in float64."""
+
+
+class Tables:
+    """Decoder tables of several data types, padded to one length: what the kernels read.
+
+    Attributes:
+        codes: the code of every level in ascending order, uint8 [types, lengths]; padded with the last.
+        thresholds: sums of neighbouring numerators (twice their midpoints), float64 [types, lengths - 1]; padded with
+            infinity.
+        levels: level by code, float64 [types, 2**bits]; NaN where a code is no level.
+        units: levels per numerator, 2**fraction_bits, float64 [types].
+        divisors: largest magnitude among the numerators, float64 [types].
+        shared: True where a type has the same divisor as the one before it, so that work on their common levels is
+            shared, bool [types].
+        common: numerators that a type has in common with its neighbours of the same divisor, float64 [types, lengths].
+        own: the numerators that it does not, float64 [types, lengths]; both padded with one of the type's levels.
+    """
+
+    def __init__(self, datatypes: Sequence[DataType]) -> None:
+        length = 1 << max(len(datatype.sorted_codes) - 1 for datatype in datatypes).bit_length()
+        self.codes = np.empty((len(datatypes), length), dtype=np.uint8)
+        self.thresholds = np.full((len(datatypes), length - 1), np.inf)
+        self.levels = np.full((len(datatypes), 1 << max(datatype.bits for datatype in datatypes)), np.nan)
+        self.units = np.array([float(1 << datatype.fraction_bits) for datatype in datatypes])
+        self.divisors = np.array([float(datatype.max_numerator) for datatype in datatypes])
+        self.shared = np.append(False, self.divisors[1:] == self.divisors[:-1])
+        for index, datatype in enumerate(datatypes):
+            numerators = np.array(datatype.sorted_numerators, dtype=np.float64)
+            count = len(numerators)
+            self.codes[index, :count] = datatype.sorted_codes
+            self.codes[index, count:] = datatype.sorted_codes[-1]
+            self.thresholds[index, : count - 1] = numerators[1:] + numerators[:-1]
+            self.levels[index, list(datatype.sorted_codes)] = datatype.levels
+        common: list[list[int]] = []
+        own: list[list[int]] = []
+        for _, run in itertools.groupby(datatypes, key=lambda datatype: datatype.max_numerator):
+            sets = [set(datatype.sorted_numerators) for datatype in run]
+            in_all = set.intersection(*sets)
+            common += [sorted(in_all)] * len(sets)
+            own += [sorted(levels - in_all) for levels in sets]
+        self.common = _padded(common, common)
+        self.own = _padded(own, common)
+
+
+def _padded(lists: list[list[int]], fillers: list[list[int]]) -> NDArray[np.float64]:
+    """``lists`` as rows of a float64 matrix whose width is a multiple of 4, filled up with each row's first filler."""
+    width = -(-max(1, *map(len, lists)) // 4) * 4
+    return np.array([row + [filler[0]] * (width - len(row)) for row, filler in zip(lists, fillers, strict=True)], float)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _approach(
+    values: NDArray[np.float64],
+    count: int,
+    extreme: float,
+    numerators: NDArray[np.float64],
+    nearest: NDArray[np.float64],
+) -> None:
+    """Lower ``nearest`` [count] to the distances of ``values`` [count] from ``extreme`` × the nearest numerator."""
+    for index in range(0, numerators.size, 4):
+        first = extreme * numerators[index]
+        second = extreme * numerators[index + 1]
+        third = extreme * numerators[index + 2]
+        fourth = extreme * numerators[index + 3]
+        for column in range(count):
+            value = values[column]
+            pair = min(abs(value - first), abs(value - second))
+            nearest[column] = min(min(nearest[column], pair), min(abs(value - third), abs(value - fourth)))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _sum_of_squares(values: NDArray[np.float64], count: int) -> float:
+    """Sum of squares in four interleaved partial sums, which a processor adds side by side."""
+    first = second = third = fourth = 0.0
+    whole = count - count % 4
+    for index in range(0, whole, 4):
+        first += values[index] * values[index]
+        second += values[index + 1] * values[index + 1]
+        third += values[index + 2] * values[index + 2]
+        fourth += values[index + 3] * values[index + 3]
+    for index in range(whole, count):
+        first += values[index] * values[index]
+    return (first + second) + (third + fourth)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _same(first: NDArray[np.float64], second: NDArray[np.float64], count: int) -> bool:
+    """Whether the first ``count`` numbers of both are the same ones, in any order: then so is their sum of squares."""
+    for index in range(count):
+        if first[index] != second[index]:
+            here, there = np.sort(first[:count]), np.sort(second[:count])
+            return bool(np.all(here == there))
+    return True
+
+
+@njit  # type: ignore[untyped-decorator]
+def _choose_row(
+    weights: NDArray[np.float32],
+    group_size: int,
+    divisors: NDArray[np.float64],
+    shared: NDArray[np.bool_],
+    common: NDArray[np.float64],
+    own: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    largest: NDArray[np.float32],
+) -> None:
+    values = np.empty(group_size)  # the group's weights × divisor
+    to_common = np.empty(group_size)  # their distance from the nearest common level, × divisor
+    nearest = np.empty(group_size)  # the same from any level of the candidate
+    nearest_of_best = np.empty(group_size)
+    for group in range(chosen.size):
+        start = group * group_size
+        count = min(group_size, weights.size - start)
+        extreme = np.float32(0)
+        for column in range(start, start + count):
+            extreme = max(extreme, abs(weights[column]))
+        largest[group] = extreme
+        bound = (count + 8) * 2.0**-52
+        best = 0
+        best_error = 0.0
+        undecided = False
+        for candidate in range(divisors.size):
+            divisor = divisors[candidate]
+            if not shared[candidate]:
+                for column in range(count):
+                    values[column] = np.float64(weights[start + column]) * divisor
+                    to_common[column] = np.inf
+                _approach(values, count, np.float64(extreme), common[candidate], to_common)
+            for column in range(count):
+                nearest[column] = to_common[column]
+            _approach(values, count, np.float64(extreme), own[candidate], nearest)
+            error = _sum_of_squares(nearest, count) / (divisor * divisor)
+            if candidate == 0 or error < best_error * (1.0 - bound):
+                best = candidate
+                best_error = error
+                undecided = False
+                for column in range(count):
+                    nearest_of_best[column] = nearest[column]
+            elif error <= best_error * (1.0 + bound) and error > 0.0:
+                undecided = undecided or divisors[best] != divisor or not _same(nearest, nearest_of_best, count)
+        chosen[group] = UNDECIDED if undecided else best
+
+
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _choose(
+    weights: NDArray[np.float32],
+    group_size: int,
+    divisors: NDArray[np.float64],
+    shared: NDArray[np.bool_],
+    common: NDArray[np.float64],
+    own: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    largest: NDArray[np.float32],
+) -> None:
+    for row in prange(weights.shape[0]):
+        _choose_row(weights[row], group_size, divisors, shared, common, own, chosen[row], largest[row])
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _below(value: float) -> np.float32:
+    """Greatest float32 that is not above ``value``: a float32 exceeds ``value`` exactly when it exceeds this."""
+    rounded = np.float32(value)
+    return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
+
+
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _encode(
+    weights: NDArray[np.float32],
+    group_size: int,
+    scales: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    thresholds: NDArray[np.float64],
+    code_of_rank: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+) -> None:
+    rows, columns = weights.shape
+    ranks_in_all = code_of_rank.shape[1]
+    for row in prange(rows):
+        limits = np.empty(ranks_in_all, dtype=np.float32)
+        ranks = np.empty(group_size, dtype=np.int32)
+        for group in range(chosen.shape[1]):
+            candidate = chosen[row, group]
+            start = group * group_size
+            count = min(group_size, columns - start)
+            for rank in range(ranks_in_all - 1):
+                limits[rank] = _below(0.5 * scales[row, group] * thresholds[candidate, rank])
+            limits[ranks_in_all - 1] = np.inf
+            if ranks_in_all <= 16:  # count the limits below each weight, many weights at once
+                for column in range(count):
+                    ranks[column] = 0
+                for rank in range(0, ranks_in_all, 4):
+                    for column in range(count):
+                        value = weights[row, start + column]
+                        ranks[column] += (
+                            np.int32(value > limits[rank])
+                            + np.int32(value > limits[rank + 1])
+                            + np.int32(value > limits[rank + 2])
+                            + np.int32(value > limits[rank + 3])
+                        )
+            else:  # find the place among the limits by halving
+                for column in range(count):
+                    value = weights[row, start + column]
+                    place = 0
+                    step = ranks_in_all // 2
+                    while step > 0:
+                        if value > limits[place + step - 1]:
+                            place += step
+                        step >>= 1
+                    ranks[column] = place
+            for column in range(count):
+                codes[row, start + column] = code_of_rank[candidate, ranks[column]]
+
+
+def squared_errors(weights: Sequence[float], datatypes: Sequence[DataType]) -> list[Fraction]:
+    """Exact squared error of one group of weights on each data type, scaled to the group's largest magnitude.
+
+    This is the reference of ``choose``: integers and fractions only, every weight on the nearest of all levels.
+    """
+    ratios = [float(weight).as_integer_ratio() for weight in weights]
+    unit = max(denominator for _, denominator in ratios)
+    exact = [numerator * (unit // denominator) for numerator, denominator in ratios]
+    largest = max(map(abs, exact))
+    errors = []
+    for datatype in datatypes:
+        divisor = datatype.max_numerator
+        levels = [largest * numerator for numerator in datatype.sorted_numerators]
+        midpoints = [low + high for low, high in itertools.pairwise(levels)]
+        error = sum(
+            (value * divisor - levels[bisect.bisect_left(midpoints, 2 * value * divisor)]) ** 2 for value in exact
+        )
+        errors.append(Fraction(error, (unit * divisor) ** 2))
+    return errors
+
+
+def choose_exactly(weights: Sequence[float], datatypes: Sequence[DataType]) -> int:
+    """Index of the data type with the least squared error over one group, the first of equals, in exact arithmetic."""
+    errors = squared_errors(weights, datatypes)
+    return errors.index(min(errors))
+
+
+def choose(
+    weights: NDArray[np.float32], group_size: int, datatypes: Sequence[DataType], tables: Tables
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Choose the data type of every group.
+
+    Args:
+        weights: float32 [rows, columns], finite.
+        group_size: columns of a group; the last group of a row may be shorter.
+        datatypes: the candidates, in order of preference among equals (at most 255).
+        tables: ``Tables(datatypes)``.
+
+    Returns:
+        Index of the data type, uint8 [rows, groups], and the largest magnitude, float32 [rows, groups].
+    """
+    groups = -(-weights.shape[1] // group_size)
+    chosen = np.empty((weights.shape[0], groups), dtype=np.uint8)
+    largest = np.empty((weights.shape[0], groups), dtype=np.float32)
+    _choose(weights, group_size, tables.divisors, tables.shared, tables.common, tables.own, chosen, largest)
+    for row, group in np.argwhere(chosen == UNDECIDED):
+        start = group * group_size
+        chosen[row, group] = choose_exactly(weights[row, start : start + group_size].tolist(), datatypes)
+    return chosen, largest
+
+
+def encode(
+    weights: NDArray[np.float32],
+    group_size: int,
+    scales: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    tables: Tables,
+) -> NDArray[np.uint8]:
+    """Codes of the levels nearest to ``weights``.
+
+    Args:
+        weights: float32 [rows, columns], finite.
+        group_size: columns of a group.
+        scales: positive scale per group, float64 [rows, groups], of at most 32 significant bits.
+        chosen: index of each group's data type, uint8 [rows, groups].
+        tables: the data types.
+
+    Returns:
+        uint8 [rows, columns].
+    """
+    codes = np.empty(weights.shape, dtype=np.uint8)
+    units = scales / tables.units[chosen]
+    _encode(weights, group_size, units, chosen, tables.thresholds, tables.codes, codes)
+    return codes
+
+
+def decode(
+    codes: NDArray[np.uint8], group_size: int, scales: NDArray[np.float64], levels: NDArray[np.float64]
+) -> Decoded:
+    """Level × scale of every code, rounded once to float32.
+
+    Args:
+        codes: uint8 [rows, columns].
+        group_size: columns of a group.
+        scales: float64 [rows, groups].
+        levels: level by group and code, float64 [rows, groups, 2**bits].
+    """
+    groups = np.arange(codes.shape[1]) // group_size
+    row = np.arange(codes.shape[0])[:, None]
+    return (levels[row, groups, codes] * scales[:, groups]).astype(np.float32)
+
+
+def row_blocks(weights: Weights) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Blocks of rows as (slice, float32 copy): a quantizer never holds more than one block of widened weights."""
+    for start in range(0, weights.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, weights.shape[0]))
+        yield rows, np.ascontiguousarray(weights[rows], dtype=np.float32)

@@ -1,0 +1,42 @@
+"""What the specification of every PE kind offers to its readers: the simulator, the RTL and the reports."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import Format
+
+
+class UnsupportedFormatError(InputError):
+    """The PE has no way to take the weights of this format; the message says why."""
+
+
+def bit_parallel_key_value_cycles(kind: str, key_value_bits: int) -> int:
+    """One cycle for keys and values of up to 8 bits, integers to a bit-parallel PE; ``InputError`` above that."""
+    if key_value_bits > 8:
+        raise InputError(f"the {kind} PE takes keys and values of up to 8 bits; got {key_value_bits}")
+    return 1
+
+
+class ProcessingElementSpec(Protocol):
+    """A frozen specification of one PE.
+
+    ``kind`` is the stem of the PE (``fp16_mac``, ``bit_serial``, ``outlier_victim``, ``flint``), ``lanes`` the number
+    of weights that it multiplies in one dot-product step.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def lanes(self) -> int:
+        """Weights per dot-product step."""
+
+    def cycles_per_step(self, weights: Format) -> int:
+        """Cycles of one dot-product step of ``lanes`` weights. Raises ``UnsupportedFormatError``."""
+
+    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
+        """The same for keys and values, held as ``key_value_bits``-bit integers (8) or FP16 (16)."""
+
+    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
+        """Bits per weight of an ``outputs`` × ``inputs`` layer in the weight buffer (metadata included)."""

@@ -1,0 +1,105 @@
+"""The descriptions of accelerators, and the table of buffer energies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import get_format
+from termwise.algorithms.workload import PHASES
+from termwise.sim.accelerators import ArrayShape, accelerator_names, get_accelerator
+from termwise.sim.memory import PORT_WIDTHS_BITS, READ_PJ, WRITE_PJ, buffer_access_pj, buffer_write_pj_per_bit
+
+
+@pytest.mark.parametrize("name", accelerator_names())
+def test_accelerator_takes_its_own_formats(name: str) -> None:
+    accelerator = get_accelerator(name)
+    assert accelerator.name == accelerator.system == name
+    for phase in PHASES:
+        weights = get_format(accelerator.default_format(phase))
+        assert accelerator.processing_element.cycles_per_step(weights) >= 1
+    assert accelerator.processing_element.key_value_cycles_per_step(accelerator.key_value_bits) >= 1
+
+
+@pytest.mark.parametrize("name", accelerator_names())
+def test_both_phases_use_the_same_processing_elements(name: str) -> None:
+    accelerator = get_accelerator(name)
+    assert accelerator.prefill_array.processing_elements == accelerator.decode_array.processing_elements
+
+
+def test_arrays_have_about_equal_area() -> None:
+    areas = {
+        name: get_accelerator(name).pe_area_um2 * get_accelerator(name).prefill_array.processing_elements / 1e6
+        for name in accelerator_names()
+    }
+    # Array areas in mm² that the published simulator prints.
+    assert areas == pytest.approx(
+        {"fp16": 1.512, "ant": 1.350, "olive": 1.519, "bitmod-lossless": 1.544, "bitmod-lossy": 1.544}, abs=5e-4
+    )
+
+
+def test_suffix_sets_the_array_of_both_phases() -> None:
+    accelerator = get_accelerator("olive@8x128")
+    assert accelerator.name == "olive@8x128"
+    assert accelerator.system == "olive"
+    assert accelerator.prefill_array == accelerator.decode_array == ArrayShape(rows=8, columns=128)
+
+
+@pytest.mark.parametrize(
+    "name", ["olive@", "olive@8", "olive@8x", "olive@0x8", "olive@8x-1", "olive@8X8", "olive@9999x8", "olive@8x8@2x2"]
+)
+def test_malformed_array_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="expected ROWSxCOLUMNS"):
+        get_accelerator(name)
+
+
+def test_unknown_accelerator_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="unknown accelerator 'bitmod-lossi': did you mean 'bitmod-lossy'"):
+        get_accelerator("bitmod-lossi")
+    with pytest.raises(InputError, match="unknown accelerator 'tpu'"):
+        get_accelerator("tpu@8x8")
+
+
+def test_digest_depends_on_every_field() -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    assert accelerator.digest() == get_accelerator("bitmod-lossy").digest()
+    digests = {accelerator.digest()}
+    changed_fields = 0
+    for entry in dataclasses.fields(accelerator):
+        value = getattr(accelerator, entry.name)
+        if entry.name == "processing_element":
+            changed = get_accelerator("fp16").processing_element
+        elif isinstance(value, ArrayShape):
+            changed = ArrayShape(rows=3, columns=5)
+        elif isinstance(value, tuple):
+            changed = (*value, "another source")
+        else:
+            changed = value + type(value)(1)
+        digests.add(dataclasses.replace(accelerator, **{entry.name: changed}).digest())
+        changed_fields += 1
+    assert len(digests) == changed_fields + 1
+
+
+@pytest.mark.parametrize("name", [*accelerator_names(), "fp16@4x4"])
+def test_dictionary_is_json(name: str) -> None:
+    document = get_accelerator(name).to_dict()
+    assert json.loads(json.dumps(document)) == document
+    assert document["processing_element"]["kind"] == get_accelerator(name).processing_element.kind
+
+
+def test_buffer_energy_is_the_table_at_its_widths_and_grows_between_them() -> None:
+    for width, read_pj, write_pj in zip(PORT_WIDTHS_BITS, READ_PJ, WRITE_PJ, strict=True):
+        assert buffer_access_pj("read", width) == read_pj
+        assert buffer_access_pj("write", width) == write_pj
+    energies = [buffer_access_pj("read", width) for width in range(64, 4096, 8)]
+    assert energies == sorted(energies)
+    assert buffer_access_pj("read", 448) == pytest.approx((82.830 + 92.794) / 2)
+
+
+def test_buffer_energy_outside_the_table_is_the_narrowest_port_or_several_of_the_widest() -> None:
+    assert buffer_access_pj("write", 16) == WRITE_PJ[0]
+    assert buffer_access_pj("write", 2048) == 2 * WRITE_PJ[-1]
+    assert buffer_write_pj_per_bit(16) == WRITE_PJ[0] / 128
+    assert buffer_write_pj_per_bit(2048) == pytest.approx(WRITE_PJ[-1] / 1024)
