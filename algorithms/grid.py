@@ -25,12 +25,13 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from termwise.algorithms.datatypes import DataType
+from termwise.algorithms.errors import InputError
 
 Weights = NDArray[np.float16] | NDArray[np.float32]
 Decoded = NDArray[np.float32]
 
-ROWS_AT_ONCE = 64
-"""Rows that are widened to float32 at a time: what a quantizer holds beside its input and its output."""
+WEIGHTS_AT_ONCE = 1 << 21
+"""Weights that are widened to float32 at a time: what a quantizer holds beside its input and its output (8 MiB)."""
 
 UNDECIDED = np.uint8(255)
 """Mark of a group whose candidates' errors are too close to be told apart in float64."""
@@ -48,8 +49,9 @@ class Tables:
         divisors: largest magnitude among the numerators, float64 [types].
         shared: True where a type has the same divisor as the one before it, so that work on their common levels is
             shared, bool [types].
-        common: numerators that a type has in common with its neighbours of the same divisor, float64 [types, lengths].
-        own: the numerators that it does not, float64 [types, lengths]; both padded with one of the type's levels.
+        common: magnitudes that stand with both signs in a type and in its neighbours of the same divisor, float64
+            [types, width], padded with 0.
+        own: a type's other numerators, float64 [types, width], padded with its first level.
     """
 
     def __init__(self, datatypes: Sequence[DataType]) -> None:
@@ -72,36 +74,40 @@ class Tables:
         for _, run in itertools.groupby(datatypes, key=lambda datatype: datatype.max_numerator):
             sets = [set(datatype.sorted_numerators) for datatype in run]
             in_all = set.intersection(*sets)
-            common += [sorted(in_all)] * len(sets)
+            in_all = {level for level in in_all if -level in in_all}
+            common += [[abs(level) for level in in_all if level >= 0]] * len(sets)
             own += [sorted(levels - in_all) for levels in sets]
-        self.common = _padded(common, common)
-        self.own = _padded(own, common)
+        self.common = _padded(common)
+        self.own = _padded(
+            [row or [datatype.sorted_numerators[0]] for row, datatype in zip(own, datatypes, strict=True)]
+        )
 
 
-def _padded(lists: list[list[int]], fillers: list[list[int]]) -> NDArray[np.float64]:
-    """``lists`` as rows of a float64 matrix whose width is a multiple of 4, filled up with each row's first filler."""
-    width = -(-max(1, *map(len, lists)) // 4) * 4
-    return np.array([row + [filler[0]] * (width - len(row)) for row, filler in zip(lists, fillers, strict=True)], float)
+def _padded(lists: list[list[int]]) -> NDArray[np.float64]:
+    """``lists`` as rows of one float64 matrix, filled up with each row's first number."""
+    width = max(map(len, lists))
+    return np.array([row + row[:1] * (width - len(row)) for row in lists], dtype=np.float64)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _approach(
-    values: NDArray[np.float64],
-    count: int,
-    extreme: float,
-    numerators: NDArray[np.float64],
-    nearest: NDArray[np.float64],
+    values: NDArray[np.float64], count: int, extreme: float, levels: NDArray[np.float64], nearest: NDArray[np.float64]
 ) -> None:
-    """Lower ``nearest`` [count] to the distances of ``values`` [count] from ``extreme`` × the nearest numerator."""
-    for index in range(0, numerators.size, 4):
-        first = extreme * numerators[index]
-        second = extreme * numerators[index + 1]
-        third = extreme * numerators[index + 2]
-        fourth = extreme * numerators[index + 3]
+    """Lower ``nearest`` [count] to the distances of ``values`` [count] from ``extreme`` × the nearest of ``levels``."""
+    whole = levels.size - levels.size % 4
+    for index in range(0, whole, 4):  # four at a time: a value is read once for four levels
+        first = extreme * levels[index]
+        second = extreme * levels[index + 1]
+        third = extreme * levels[index + 2]
+        fourth = extreme * levels[index + 3]
         for column in range(count):
             value = values[column]
             pair = min(abs(value - first), abs(value - second))
             nearest[column] = min(min(nearest[column], pair), min(abs(value - third), abs(value - fourth)))
+    for index in range(whole, levels.size):
+        level = extreme * levels[index]
+        for column in range(count):
+            nearest[column] = min(nearest[column], abs(values[column] - level))
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -141,6 +147,7 @@ def _choose_row(
     largest: NDArray[np.float32],
 ) -> None:
     values = np.empty(group_size)  # the group's weights × divisor
+    magnitudes = np.empty(group_size)
     to_common = np.empty(group_size)  # their distance from the nearest common level, × divisor
     nearest = np.empty(group_size)  # the same from any level of the candidate
     nearest_of_best = np.empty(group_size)
@@ -160,8 +167,9 @@ def _choose_row(
             if not shared[candidate]:
                 for column in range(count):
                     values[column] = np.float64(weights[start + column]) * divisor
+                    magnitudes[column] = abs(values[column])
                     to_common[column] = np.inf
-                _approach(values, count, np.float64(extreme), common[candidate], to_common)
+                _approach(magnitudes, count, np.float64(extreme), common[candidate], to_common)
             for column in range(count):
                 nearest[column] = to_common[column]
             _approach(values, count, np.float64(extreme), own[candidate], nearest)
@@ -199,6 +207,49 @@ def _below(value: float) -> np.float32:
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
+@njit  # type: ignore[untyped-decorator]
+def _encode_row(
+    weights: NDArray[np.float32],
+    group_size: int,
+    scales: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    thresholds: NDArray[np.float64],
+    code_of_rank: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+) -> None:
+    ranks_in_all = code_of_rank.shape[1]
+    limits = np.full(max(ranks_in_all, 4), np.float32(np.inf), dtype=np.float32)
+    ranks = np.empty(group_size, dtype=np.int32)
+    for group in range(chosen.size):
+        candidate = chosen[group]
+        start = group * group_size
+        count = min(group_size, weights.size - start)
+        part = weights[start : start + count]
+        for rank in range(ranks_in_all - 1):
+            limits[rank] = _below(0.5 * scales[group] * thresholds[candidate, rank])
+        if ranks_in_all <= 16:  # count the limits below each weight, many weights at once
+            for column in range(count):
+                ranks[column] = 0
+            for rank in range(0, ranks_in_all, 4):
+                first, second, third, fourth = limits[rank], limits[rank + 1], limits[rank + 2], limits[rank + 3]
+                for column in range(count):
+                    value = part[column]
+                    below = np.int32(value > first) + np.int32(value > second)
+                    ranks[column] += below + np.int32(value > third) + np.int32(value > fourth)
+        else:  # find the place among the limits by halving
+            for column in range(count):
+                value = part[column]
+                place = 0
+                step = ranks_in_all // 2
+                while step > 0:
+                    if value > limits[place + step - 1]:
+                        place += step
+                    step >>= 1
+                ranks[column] = place
+        for column in range(count):
+            codes[start + column] = code_of_rank[candidate, ranks[column]]
+
+
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
 def _encode(
     weights: NDArray[np.float32],
@@ -209,42 +260,8 @@ def _encode(
     code_of_rank: NDArray[np.uint8],
     codes: NDArray[np.uint8],
 ) -> None:
-    rows, columns = weights.shape
-    ranks_in_all = code_of_rank.shape[1]
-    for row in prange(rows):
-        limits = np.empty(ranks_in_all, dtype=np.float32)
-        ranks = np.empty(group_size, dtype=np.int32)
-        for group in range(chosen.shape[1]):
-            candidate = chosen[row, group]
-            start = group * group_size
-            count = min(group_size, columns - start)
-            for rank in range(ranks_in_all - 1):
-                limits[rank] = _below(0.5 * scales[row, group] * thresholds[candidate, rank])
-            limits[ranks_in_all - 1] = np.inf
-            if ranks_in_all <= 16:  # count the limits below each weight, many weights at once
-                for column in range(count):
-                    ranks[column] = 0
-                for rank in range(0, ranks_in_all, 4):
-                    for column in range(count):
-                        value = weights[row, start + column]
-                        ranks[column] += (
-                            np.int32(value > limits[rank])
-                            + np.int32(value > limits[rank + 1])
-                            + np.int32(value > limits[rank + 2])
-                            + np.int32(value > limits[rank + 3])
-                        )
-            else:  # find the place among the limits by halving
-                for column in range(count):
-                    value = weights[row, start + column]
-                    place = 0
-                    step = ranks_in_all // 2
-                    while step > 0:
-                        if value > limits[place + step - 1]:
-                            place += step
-                        step >>= 1
-                    ranks[column] = place
-            for column in range(count):
-                codes[row, start + column] = code_of_rank[candidate, ranks[column]]
+    for row in prange(weights.shape[0]):
+        _encode_row(weights[row], group_size, scales[row], chosen[row], thresholds, code_of_rank, codes[row])
 
 
 def squared_errors(weights: Sequence[float], datatypes: Sequence[DataType]) -> list[Fraction]:
@@ -340,7 +357,17 @@ def decode(
 
 
 def row_blocks(weights: Weights) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Blocks of rows as (slice, float32 copy): a quantizer never holds more than one block of widened weights."""
-    for start in range(0, weights.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, min(start + ROWS_AT_ONCE, weights.shape[0]))
-        yield rows, np.ascontiguousarray(weights[rows], dtype=np.float32)
+    """Blocks of rows as (slice, float32 copy): a quantizer never holds more than one block of widened weights.
+
+    Raises ``InputError`` at a block that holds a NaN or an infinity.
+    """
+    at_once = max(1, WEIGHTS_AT_ONCE // weights.shape[1])
+    for start in range(0, weights.shape[0], at_once):
+        rows = slice(start, min(start + at_once, weights.shape[0]))
+        block = np.ascontiguousarray(weights[rows], dtype=np.float32)
+        bad = block.size - int(np.count_nonzero(np.isfinite(block)))
+        if bad:
+            raise InputError(
+                f"{bad} NaN or infinite weights in rows {rows.start} to {rows.stop - 1}; expected finite ones"
+            )
+        yield rows, block

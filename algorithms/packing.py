@@ -9,39 +9,44 @@ from numpy.typing import NDArray
 from termwise.algorithms.formats import packed_row_bytes
 
 
+@njit  # type: ignore[untyped-decorator]
+def _pack_row(codes: NDArray[np.uint8], bits: int, packed: NDArray[np.uint8]) -> None:
+    """Eight codes fill ``bits`` bytes; the last of them may be fewer."""
+    byte = 0
+    for start in range(0, codes.size, 8):
+        window = np.uint64(0)
+        for index in range(min(8, codes.size - start)):
+            window |= np.uint64(codes[start + index]) << np.uint64(index * bits)
+        for _ in range(min(bits, packed.size - byte)):
+            packed[byte] = np.uint8(window & np.uint64(255))
+            window >>= np.uint64(8)
+            byte += 1
+
+
+@njit  # type: ignore[untyped-decorator]
+def _unpack_row(packed: NDArray[np.uint8], bits: int, codes: NDArray[np.uint8]) -> None:
+    mask = np.uint64((1 << bits) - 1)
+    byte = 0
+    for start in range(0, codes.size, 8):
+        window = np.uint64(0)
+        for index in range(min(bits, packed.size - byte)):
+            window |= np.uint64(packed[byte]) << np.uint64(8 * index)
+            byte += 1
+        for index in range(min(8, codes.size - start)):
+            codes[start + index] = np.uint8(window & mask)
+            window >>= np.uint64(bits)
+
+
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
 def _pack(codes: NDArray[np.uint8], bits: int, packed: NDArray[np.uint8]) -> None:
     for row in prange(codes.shape[0]):
-        window = np.uint32(0)
-        held = 0
-        byte = 0
-        for column in range(codes.shape[1]):
-            window |= np.uint32(codes[row, column]) << np.uint32(held)
-            held += bits
-            while held >= 8:
-                packed[row, byte] = np.uint8(window & np.uint32(255))
-                window >>= np.uint32(8)
-                held -= 8
-                byte += 1
-        if held:
-            packed[row, byte] = np.uint8(window)
+        _pack_row(codes[row], bits, packed[row])
 
 
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
 def _unpack(packed: NDArray[np.uint8], bits: int, codes: NDArray[np.uint8]) -> None:
-    mask = np.uint32((1 << bits) - 1)
     for row in prange(codes.shape[0]):
-        window = np.uint32(0)
-        held = 0
-        byte = 0
-        for column in range(codes.shape[1]):
-            while held < bits:
-                window |= np.uint32(packed[row, byte]) << np.uint32(held)
-                held += 8
-                byte += 1
-            codes[row, column] = np.uint8(window & mask)
-            window >>= np.uint32(bits)
-            held -= bits
+        _unpack_row(packed[row], bits, codes[row])
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -1,7 +1,6 @@
 """Quantize a weight matrix to a format, and back; and the error that this makes.
 
-``quantize`` holds, beside the matrix and its packed form, one block of widened rows: about 1.3 times an FP16 matrix in
-all at 4 bits. Every family's arithmetic stands in the module of its processing element.
+``quantize`` holds, beside the matrix and its packed form, one block of widened rows (see ``grid.WEIGHTS_AT_ONCE``). Every family's arithmetic stands in the module of its processing element.
 """
 
 from __future__ import annotations
@@ -92,13 +91,6 @@ def quantize(weights: Weights, format: Format, *, name: str = "weights") -> Quan
         raise InputError(f"{name} has the shape {list(weights.shape)}; expected a matrix [outputs, inputs]")
     if weights.dtype not in (np.float16, np.float32):
         raise InputError(f"{name} is {weights.dtype}; expected float16 or float32 weights")
-    for rows, block in row_blocks(weights):
-        bad = block.size - int(np.count_nonzero(np.isfinite(block)))
-        if bad:
-            raise InputError(
-                f"{name} has {bad} NaN or infinite weights in rows {rows.start} to {rows.stop - 1}; "
-                "expected finite ones"
-            )
     try:
         parts = _QUANTIZERS[format.family][0](weights, format)
     except InputError as error:

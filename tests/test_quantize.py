@@ -108,7 +108,7 @@ class TestEveryFormat:
     def test_a_weight_that_is_not_finite_is_refused(self, name: str, bad: float) -> None:
         weights = np.ones((100, 8), dtype=np.float16)
         weights[70, 3] = bad
-        with pytest.raises(InputError, match=r"layer\.7 has 1 NaN or infinite weights in rows 64 to 99"):
+        with pytest.raises(InputError, match=r"layer\.7: 1 NaN or infinite weights in rows 0 to 99"):
             quantize(weights, get_format(name), name="layer.7")
 
 

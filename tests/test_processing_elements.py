@@ -1,0 +1,68 @@
+"""Specifications of the PEs: cycles per step as published, and what each PE refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.flint import FlintSpec
+from termwise.algorithms.formats import get_format
+from termwise.algorithms.fp16_mac import Fp16MacSpec
+from termwise.algorithms.outlier_victim import OutlierVictimSpec
+from termwise.algorithms.processing_element import ProcessingElementSpec, UnsupportedFormatError
+
+
+@pytest.mark.parametrize(
+    ("name", "cycles"),
+    [  # BitMoD section IV-A: INT8 4, INT6 and INT5 3, FP4 and FP3 with a special value 2
+        ("int-w8g128", 4),
+        ("int-w6g128", 3),
+        ("int-w5g128", 3),
+        ("int-w4g128", 2),
+        ("int-w3g128", 2),
+        ("bitmod-w4g128", 2),
+        ("bitmod-w3g128", 2),
+        ("ant-w4g128", 2),
+        ("int-asym-w4g128", 3),  # code - zero point has 5 bits
+        ("int-asym-w3g128", 2),
+        ("int-asym-w7g128", 4),
+    ],
+)
+def test_bit_serial_cycles_are_the_terms(name: str, cycles: int) -> None:
+    assert BitSerialSpec().cycles_per_step(get_format(name)) == cycles
+
+
+def test_keys_and_values_are_booth_digits() -> None:
+    assert BitSerialSpec().key_value_cycles_per_step(8) == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "accepted", "refused"),
+    [
+        (Fp16MacSpec(), ["fp16", "bitmod-w4g128", "olive-w4", "int-asym-w4g128"], []),
+        (BitSerialSpec(), ["int-w8g128", "bitmod-w3g128"], ["fp16", "olive-w4", "int-asym-w8g128"]),
+        (OutlierVictimSpec(), ["olive-w4", "int-w8g128", "ant-w4g128"], ["fp16", "bitmod-w4g128", "int-asym-w4g128"]),
+        (FlintSpec(), ["ant-w4g128", "int-w4g128"], ["fp16", "olive-w4", "bitmod-w4g128"]),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_a_pe_takes_what_its_decoder_reads(
+    spec: ProcessingElementSpec, accepted: list[str], refused: list[str]
+) -> None:
+    for name in accepted:
+        assert spec.cycles_per_step(get_format(name)) >= 1
+    for name in refused:
+        with pytest.raises(UnsupportedFormatError, match=name if name != "olive-w4" else "abfloat|olive-w4"):
+            spec.cycles_per_step(get_format(name))
+
+
+@pytest.mark.parametrize("spec", [BitSerialSpec(), OutlierVictimSpec(), FlintSpec()], ids=lambda spec: spec.kind)
+def test_wide_keys_and_values_are_refused(spec: ProcessingElementSpec) -> None:
+    with pytest.raises(InputError, match="up to 8 bits; got 16"):
+        spec.key_value_cycles_per_step(16)
+
+
+def test_decoded_weights_fill_the_buffer_of_the_baseline() -> None:
+    assert Fp16MacSpec().buffer_bits(get_format("int-w4g128"), 64, 256) == 16
+    assert BitSerialSpec().buffer_bits(get_format("int-w4g128"), 64, 256) == 4.125
