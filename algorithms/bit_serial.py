@@ -51,9 +51,10 @@ class BitSerialSpec:
 
         Raises ``UnsupportedFormatError`` for values that have no such terms.
         """
-        if weights.family == "fp16":
+        if weights.family in ("fp16", "olive"):
             raise UnsupportedFormatError(
-                "the bit-serial PE (BitMoD) takes integers and its own types, not fp16 weights"
+                f"the bit-serial PE (BitMoD) takes fixed-point weights of {self.fixed_point_bits} magnitude bits and "
+                f"integers of up to 8 bits; {weights.name} weights of one group span more"
             )
         if weights.family == "int-asym":
             if weights.weight_bits > 7:
