@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
 from termwise.algorithms.workload import PHASES

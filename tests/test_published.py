@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import KNOWN_SHAPES, AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import Gemm, workload

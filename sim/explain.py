@@ -1,0 +1,331 @@
+"""Why the cycle-level simulation and the published model differ, as numbers that add up.
+
+The published model (``termwise.sim.published``) is changed into the cycle-level one (``termwise.sim.simulate``) in five
+steps, each of which computes all products again; a step's reason is the change of the total in cycles. The reasons
+add up to the difference exactly. Their sizes depend on the order of the steps, which is:
+
+1. ``head_tokens``: the logits only after the last token of a sequence, not after all of them (prefill).
+2. ``attention_shape``: each key-value head by itself with its true sizes, and keys and values at their own width.
+3. ``weight_format``: bytes of the packed format with all its metadata, and the PE's cycles for this format, in place
+   of the published average of bits per weight.
+4. ``refetch``: the traffic of the plan, which keeps operands in halves of buffers and splits long reductions, in
+   place of the published rule.
+5. ``overlap``: waiting for first loads, pipeline fill and drain, write-backs, and everything that two servers with
+   finite buffers cannot do at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.shapes import ModelShape, known_shape
+from termwise.algorithms.workload import PHASES, Gemm, Phase, check_count, check_phase, workload
+from termwise.sim.accelerators import Accelerator, accelerator_names, get_accelerator
+from termwise.sim.cycle import ACTIVATION_BYTES, OUTPUT_BYTES
+from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
+from termwise.sim.published import (
+    published_cost,
+    published_fetches,
+    published_gemms,
+    published_weight_bits,
+    simulate_published,
+)
+from termwise.sim.simulate import product_of, simulate
+
+REASONS = ("head_tokens", "attention_shape", "weight_format", "refetch", "overlap")
+"""The reasons, in the order in which the published model is changed."""
+
+CLASSES = ("linear", "head", "keys", "values")
+"""Classes of products: linear layers without the one of the logits, that one, and the two products of attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cycles of a class of products. ``cycles`` is below the sum of the others as far as they overlap."""
+
+    compute_cycles: int = 0
+    dram_cycles: int = 0
+    cycles: int = 0
+
+    def plus(self, other: Cost) -> Cost:
+        """Field by field."""
+        return Cost(
+            compute_cycles=self.compute_cycles + other.compute_cycles,
+            dram_cycles=self.dram_cycles + other.dram_cycles,
+            cycles=self.cycles + other.cycles,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON-ready."""
+        return {"compute_cycles": self.compute_cycles, "dram_cycles": self.dram_cycles, "cycles": self.cycles}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Both models side by side. ``reasons`` (cycles by name) add up to ``cycles`` − ``published_cycles``."""
+
+    model: str
+    accelerator: str
+    format: str
+    phase: Phase
+    context: int
+    published_cycles: int
+    cycles: int
+    reasons: dict[str, int]
+    published_classes: dict[str, Cost]
+    cycle_classes: dict[str, Cost]
+
+    @property
+    def ratio(self) -> float:
+        """Cycle-level cycles divided by published cycles."""
+        return self.cycles / self.published_cycles
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, units in the names."""
+        return {
+            "model": self.model,
+            "accelerator": self.accelerator,
+            "format": self.format,
+            "phase": self.phase,
+            "context": self.context,
+            "published_cycles": self.published_cycles,
+            "cycles": self.cycles,
+            "ratio": self.ratio,
+            "reason_cycles": dict(self.reasons),
+            "classes": {
+                name: {"published": self.published_classes[name].to_dict(), "cycle": self.cycle_classes[name].to_dict()}
+                for name in CLASSES
+            },
+        }
+
+
+def _closed_form(product: Product, accelerator: Accelerator) -> Cost:
+    """Published overlap and refetch rules on a product with its true sizes, bytes and cycles per step."""
+    input_bytes = product.tokens * product.reduction * ACTIVATION_BYTES
+    weight_fetches, input_fetches = published_fetches(product.weight_total_bytes, input_bytes, accelerator)
+    traffic = product.weight_total_bytes * weight_fetches + input_bytes * input_fetches
+    traffic += product.tokens * product.outputs * OUTPUT_BYTES
+    return _perfect_overlap(product, traffic)
+
+
+def _planned(product: Product, _: Accelerator) -> Cost:
+    """Published overlap, planned traffic."""
+    return _perfect_overlap(product, planned_traffic(plan_product(product)).total_bytes)
+
+
+def _perfect_overlap(product: Product, traffic_bytes: int) -> Cost:
+    compute = (
+        ceil_divide(product.reduction, product.lanes)
+        * ceil_divide(product.outputs, product.rows)
+        * ceil_divide(product.tokens, product.columns)
+        * product.cycles_per_step
+    )
+    dram = ceil_divide(traffic_bytes, product.burst_bytes)
+    return Cost(compute_cycles=compute, dram_cycles=dram, cycles=max(compute, dram))
+
+
+def _class_of(gemm: Gemm, head: str | None) -> str:
+    if gemm.operand == "key":
+        return "keys"
+    if gemm.operand == "value":
+        return "values"
+    return "head" if gemm.name == head else "linear"
+
+
+def explain(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    *,
+    phase: Phase,
+    weights: Format | None = None,
+    context: int = 256,
+) -> Explanation:
+    """Split the difference between both models of one prefill, or of one decoded token, into named reasons.
+
+    Raises ``InputError`` as ``termwise.sim.simulate.simulate`` and ``termwise.sim.published.simulate_published`` do.
+    """
+    phase = check_phase(phase)
+    check_count("context", context)
+    if weights is None:
+        weights = get_format(accelerator.default_format(phase))
+    weight_bits, _ = published_weight_bits(shape.name, accelerator.system, phase)
+    gemms = workload(shape, phase=phase, context=context, batch=1)
+    products = [(gemm, product_of(gemm, accelerator, phase, weights)) for gemm in gemms]
+
+    def published_total(logits_of_last_token: bool) -> dict[str, Cost]:
+        classes = {name: Cost() for name in CLASSES}
+        for gemm, count in published_gemms(shape, phase, context, weight_bits).items():
+            if gemm.kind == "head" and logits_of_last_token:
+                gemm = replace(gemm, tokens=1)
+            cost = published_cost(gemm, accelerator, phase, weight_bits)
+            classes[gemm.kind] = classes[gemm.kind].plus(
+                Cost(
+                    compute_cycles=count * cost.compute_cycles,
+                    dram_cycles=count * cost.dram_cycles,
+                    cycles=count * cost.cycles,
+                )
+            )
+        return classes
+
+    def product_total(names: tuple[str, ...], rule: Callable[[Product, Accelerator], Cost]) -> dict[str, Cost]:
+        classes = {name: Cost() for name in CLASSES}
+        for gemm, product in products:
+            name = _class_of(gemm, shape.head)
+            if name in names:
+                cost = rule(product, accelerator)
+                classes[name] = classes[name].plus(
+                    Cost(
+                        compute_cycles=gemm.repeats * cost.compute_cycles,
+                        dram_cycles=gemm.repeats * cost.dram_cycles,
+                        cycles=gemm.repeats * cost.cycles,
+                    )
+                )
+        return classes
+
+    published = published_total(logits_of_last_token=False)
+    with_head = published_total(logits_of_last_token=True)
+    with_attention = {**with_head, **_only(product_total(("keys", "values"), _closed_form), ("keys", "values"))}
+    with_format = product_total(CLASSES, _closed_form)
+    with_refetch = product_total(CLASSES, _planned)
+
+    simulation = simulate(shape, accelerator, phase=phase, weights=weights, context=context)
+    simulated = {name: Cost() for name in CLASSES}
+    for gemm, layer in zip(gemms, simulation.layers, strict=True):
+        name = _class_of(gemm, shape.head)
+        simulated[name] = simulated[name].plus(
+            Cost(
+                compute_cycles=layer.compute_cycles,
+                dram_cycles=ceil_divide(layer.traffic.total_bytes, accelerator.dram_bytes_per_cycle),
+                cycles=layer.cycles,
+            )
+        )
+    stages = [published, with_head, with_attention, with_format, with_refetch, simulated]
+    totals = [sum(cost.cycles for cost in stage.values()) for stage in stages]
+    return Explanation(
+        model=shape.name,
+        accelerator=accelerator.name,
+        format=weights.name,
+        phase=phase,
+        context=context,
+        published_cycles=totals[0],
+        cycles=totals[-1],
+        reasons={name: totals[index + 1] - totals[index] for index, name in enumerate(REASONS)},
+        published_classes=published,
+        cycle_classes=simulated,
+    )
+
+
+def _only(classes: dict[str, Cost], names: tuple[str, ...]) -> dict[str, Cost]:
+    return {name: classes[name] for name in names}
+
+
+PUBLISHED_MODELS = ("opt-1.3b", "phi-2", "yi-6b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
+"""The models of the BitMoD paper."""
+
+
+def markdown_table(explanations: list[Explanation]) -> str:
+    """A table of both models' cycles, with each reason in percent of the published cycles."""
+    lines = [
+        "| model | accelerator | published cycles | simulated cycles | ratio | logits | attention | format | refetch "
+        "| overlap |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for entry in explanations:
+        reasons = " | ".join(f"{100 * entry.reasons[name] / entry.published_cycles:+.1f} %" for name in REASONS)
+        lines.append(
+            f"| {entry.model} | {entry.accelerator} | {entry.published_cycles:,} | {entry.cycles:,} "
+            f"| {entry.ratio:.3f} | {reasons} |"
+        )
+    return "\n".join(lines)
+
+
+HEADLINES = (
+    ("bitmod-lossless", "fp16"),
+    ("bitmod-lossy", "fp16"),
+    ("bitmod-lossy", "ant"),
+    ("bitmod-lossy", "olive"),
+)
+"""The comparisons of the paper's abstract and figures: an accelerator, and the one that it is compared with."""
+
+DECODED_TOKENS = 20
+
+
+def headline_table() -> str:
+    """Mean speed and energy ratios over the six models in both models: prefill, and prefill with decoded tokens."""
+    cost: dict[tuple[str, str, Phase, str], tuple[float, float]] = {}
+    for name in accelerator_names():
+        for model in PUBLISHED_MODELS:
+            for phase in PHASES:
+                shape, accelerator = known_shape(model), get_accelerator(name)
+                published = simulate_published(shape, accelerator, phase=phase)
+                simulated = simulate(shape, accelerator, phase=phase)
+                cost[name, model, phase, "published"] = published.cycles, published.energy_uj
+                cost[name, model, phase, "cycle"] = simulated.cycles, simulated.energy.total_uj
+
+    def mean_ratio(name: str, over: str, model_of: str, quantity: int, decoded_tokens: int) -> float:
+        def total(accelerator: str, model: str) -> float:
+            prefill = cost[accelerator, model, "prefill", model_of][quantity]
+            return prefill + decoded_tokens * cost[accelerator, model, "decode", model_of][quantity]
+
+        ratios = [total(over, model) / total(name, model) for model in PUBLISHED_MODELS]
+        return sum(ratios) / len(ratios)
+
+    lines = [
+        f"| quantity | comparison | prefill, published | prefill, simulated | with {DECODED_TOKENS} tokens, published "
+        f"| with {DECODED_TOKENS} tokens, simulated |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for quantity, label in enumerate(("speed", "energy")):
+        for name, over in HEADLINES:
+            values = " | ".join(
+                f"{mean_ratio(name, over, model_of, quantity, tokens):.2f}"
+                for tokens in (0, DECODED_TOKENS)
+                for model_of in ("published", "cycle")
+            )
+            lines.append(f"| {label} | {name} over {over} | {values} |")
+    return "\n".join(lines)
+
+
+def batch_table() -> str:
+    """Decode of Llama-2-7B with a growing batch: where the limit moves from external memory to the array."""
+    lines = [
+        "| accelerator | batch | cycles per token | compute | stall on weights | stall on activations | drain "
+        "| PE utilization |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in ("fp16", "bitmod-lossy"):
+        for batch in (1, 4, 16, 64):
+            result = simulate(known_shape("llama-2-7b"), get_accelerator(name), phase="decode", batch=batch)
+            stalls = result.stall_cycles
+            shares = " | ".join(
+                f"{100 * part / result.cycles:.1f} %"
+                for part in (result.compute_cycles, stalls.weights, stalls.activations, stalls.drain)
+            )
+            lines.append(
+                f"| {name} | {batch} | {round(result.cycles / batch):,} | {shares} "
+                f"| {100 * result.pe_utilization:.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def documented_tables() -> dict[str, str]:
+    """The tables of ``docs/simulator.md`` by name."""
+    tables: dict[str, str] = {
+        phase: markdown_table(
+            [
+                explain(known_shape(model), get_accelerator(accelerator), phase=phase)
+                for model in PUBLISHED_MODELS
+                for accelerator in accelerator_names()
+            ]
+        )
+        for phase in PHASES
+    }
+    return {**tables, "headlines": headline_table(), "batch": batch_table()}
+
+
+if __name__ == "__main__":
+    for table in documented_tables().values():
+        print(table, end="\n\n")

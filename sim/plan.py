@@ -1,0 +1,192 @@
+"""How one product is cut into tiles, passes and chunks, and what stays in the buffers: decided before time starts.
+
+Words (``docs/simulator.md`` has the whole machine):
+
+* A **tile** is ``rows`` outputs × ``columns`` tokens, one per PE. A **panel** is what one tile needs of one operand.
+* A **chunk** is the part of a panel that one request loads: at most half a buffer and at most 1024 inputs.
+* A **pass** covers a segment of the reduction. With more than one pass, partial sums go to external memory in FP32
+  and return in the next pass; long reductions need this, because their panels do not fit in a buffer.
+* An **allocation** is what occupies one half of a buffer until its last use. The half is then free for the next but
+  one allocation: one half is computed on while the other is loaded.
+
+One operand is **stationary**: the array works through all panels of the other, the **moving** one, while as many
+stationary panels as fit stay in half a buffer. Of all pass counts up to 16 and both choices of the stationary operand
+the plan takes the one with the least traffic; among equals the one with the fewest passes, then stationary weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from termwise.algorithms.errors import InputError
+from termwise.sim.cycle import (
+    ACTIVATION_BYTES,
+    CHUNKS,
+    OUTPUT_BYTES,
+    PANELS,
+    PARTIAL_SUM_BYTES,
+    RESIDENT,
+    TileProgram,
+    Traffic,
+)
+
+MAXIMUM_CHUNK_INPUTS = 1024
+MAXIMUM_PASSES = 16
+# A split reduction reads a partial sum back after at least this many other tiles, so that it has been written by then.
+MINIMUM_TILES_OF_SPLIT_REDUCTION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One product on one array, before it is planned.
+
+    ``weight_buffer_bits`` are bits per weight on chip (they set what fits), ``weight_total_bytes`` the bytes of the
+    whole matrix off chip. ``group_inputs`` is the number of inputs that share a scale (0: the whole row), and
+    ``dequantization_cycles`` what scaling the sum of such a group takes (0: nothing that could be seen).
+    """
+
+    tokens: int
+    reduction: int
+    outputs: int
+    rows: int
+    columns: int
+    lanes: int
+    cycles_per_step: int
+    weight_buffer_bits: float
+    weight_total_bytes: int
+    group_inputs: int
+    dequantization_cycles: int
+    fill_drain_cycles: int
+    weight_buffer_bytes: int
+    activation_buffer_bytes: int
+    burst_bytes: int
+
+
+def ceil_divide(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up."""
+    return -(-numerator // denominator)
+
+
+def tile_counts(program: TileProgram) -> tuple[int, int, int]:
+    """Row tiles, column tiles and passes of a program."""
+    steps = ceil_divide(program.reduction, program.lanes)
+    return (
+        ceil_divide(program.outputs, program.rows),
+        ceil_divide(program.tokens, program.columns),
+        ceil_divide(steps, program.segment_steps),
+    )
+
+
+def planned_traffic(program: TileProgram) -> Traffic:
+    """Traffic of a program in closed form; the simulated traffic equals it."""
+    row_tiles, column_tiles, passes = tile_counts(program)
+    if program.weights_stationary:
+        stationary_panels, moving_panels = row_tiles, column_tiles
+        stationary_kind, moving_kind = program.weight_allocation, program.activation_allocation
+    else:
+        stationary_panels, moving_panels = column_tiles, row_tiles
+        stationary_kind, moving_kind = program.activation_allocation, program.weight_allocation
+    stationary_fetches = moving_panels if stationary_kind == CHUNKS else 1
+    blocks = ceil_divide(stationary_panels, program.panels_per_block)
+    moving_fetches = {RESIDENT: 1, PANELS: blocks, CHUNKS: stationary_panels}[moving_kind]
+    weight_fetches, activation_fetches = (
+        (stationary_fetches, moving_fetches) if program.weights_stationary else (moving_fetches, stationary_fetches)
+    )
+    values = program.tokens * program.outputs
+    return Traffic(
+        weight_bytes=program.weight_total_bytes * weight_fetches,
+        activation_bytes=program.tokens * program.reduction * ACTIVATION_BYTES * activation_fetches,
+        output_bytes=values * (OUTPUT_BYTES + 2 * (passes - 1) * PARTIAL_SUM_BYTES),
+    )
+
+
+def _allocation(panels: int, panel_bits: float, operand_bits: float, buffer_bytes: int) -> tuple[int, int]:
+    """What an allocation of an operand holds, and how many panels fit in one."""
+    if operand_bits <= 8 * buffer_bytes:
+        return RESIDENT, panels
+    fitting = int(4 * buffer_bytes // panel_bits)
+    return (PANELS, min(fitting, panels)) if fitting else (CHUNKS, 1)
+
+
+def _candidate(product: Product, passes: int, weights_stationary: bool) -> TileProgram:
+    steps = ceil_divide(product.reduction, product.lanes)
+    group_steps = ceil_divide(product.group_inputs, product.lanes)
+    segment_steps = ceil_divide(steps, passes)
+    if group_steps:
+        segment_steps = ceil_divide(segment_steps, group_steps) * group_steps
+    segment_steps = min(segment_steps, steps)
+    segment_inputs = min(segment_steps * product.lanes, product.reduction)
+
+    row_tiles = ceil_divide(product.outputs, product.rows)
+    column_tiles = ceil_divide(product.tokens, product.columns)
+    weight_row_bits = min(product.rows, product.outputs) * product.weight_buffer_bits
+    activation_row_bits = min(product.columns, product.tokens) * 8 * ACTIVATION_BYTES
+    weight_kind, weight_panels = _allocation(
+        row_tiles,
+        weight_row_bits * segment_inputs,
+        product.outputs * product.reduction * product.weight_buffer_bits,
+        product.weight_buffer_bytes,
+    )
+    activation_kind, activation_panels = _allocation(
+        column_tiles,
+        activation_row_bits * segment_inputs,
+        product.tokens * product.reduction * 8 * ACTIVATION_BYTES,
+        product.activation_buffer_bytes,
+    )
+
+    scaling_shows = group_steps * product.cycles_per_step < product.dequantization_cycles
+    visible_group_steps = group_steps if scaling_shows else 0
+    fitting_inputs = min(
+        4 * product.weight_buffer_bytes // weight_row_bits, 4 * product.activation_buffer_bytes // activation_row_bits
+    )
+    chunk_steps = min(int(fitting_inputs), MAXIMUM_CHUNK_INPUTS) // product.lanes
+    if visible_group_steps:
+        chunk_steps = max(chunk_steps // visible_group_steps, 1) * visible_group_steps
+    if chunk_steps < 1 or chunk_steps * product.lanes > fitting_inputs:
+        raise InputError(
+            f"an array of {product.rows} × {product.columns} PEs needs more than half a buffer "
+            f"({product.weight_buffer_bytes // 2} bytes for weights, {product.activation_buffer_bytes // 2} for "
+            "activations) for one dot-product step; expected a smaller array or larger buffers"
+        )
+    return TileProgram(
+        tokens=product.tokens,
+        reduction=product.reduction,
+        outputs=product.outputs,
+        rows=product.rows,
+        columns=product.columns,
+        lanes=product.lanes,
+        cycles_per_step=product.cycles_per_step,
+        group_steps=visible_group_steps,
+        group_cycles=product.dequantization_cycles if visible_group_steps else 0,
+        fill_drain_cycles=product.fill_drain_cycles,
+        weight_total_bytes=product.weight_total_bytes,
+        burst_bytes=product.burst_bytes,
+        segment_steps=segment_steps,
+        chunk_steps=min(chunk_steps, segment_steps),
+        weights_stationary=int(weights_stationary),
+        panels_per_block=max(1, weight_panels if weights_stationary else activation_panels),
+        weight_allocation=weight_kind,
+        activation_allocation=activation_kind,
+    )
+
+
+def plan_product(product: Product, *, passes: int | None = None, weights_stationary: bool | None = None) -> TileProgram:
+    """The program of least traffic for ``product``, with ``passes`` and the stationary operand fixed where given.
+
+    Raises ``InputError`` where a single dot-product step does not fit in half a buffer, or the matrix is too large
+    for 64-bit byte positions.
+    """
+    if product.outputs * product.reduction * max(product.weight_total_bytes, 1) >= 1 << 63:
+        raise InputError(
+            f"a matrix of {product.outputs} × {product.reduction} numbers in {product.weight_total_bytes} bytes is "
+            "too large to simulate; expected numbers × bytes below 2^63"
+        )
+    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, product.columns)
+    most_passes = MAXIMUM_PASSES if tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
+    candidates = [
+        _candidate(product, pass_count, stationary)
+        for pass_count in (range(1, most_passes + 1) if passes is None else [passes])
+        for stationary in ((True, False) if weights_stationary is None else (weights_stationary,))
+    ]
+    # min keeps the first of equals: the fewest passes, then stationary weights.
+    return min(candidates, key=lambda candidate: planned_traffic(candidate).total_bytes)

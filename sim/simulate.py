@@ -1,0 +1,378 @@
+"""Cycle-level simulation of a whole model on an accelerator: cycles and their causes, traffic, energy.
+
+The machine (``docs/simulator.md`` gives the reasons and what is not modelled):
+
+* The array is output-stationary. A tile is ``rows`` outputs × ``columns`` tokens, one per PE, reduced over the inputs
+  in dot-product steps of ``lanes`` weights, each of which takes the PE's cycles per step. A tile that is smaller than
+  the array leaves PEs idle.
+* Two buffers, for weights (or keys, or values) and for activations, are two halves each: one half is loaded while the
+  other is computed on. An operand that fits in its buffer whole is loaded once. ``termwise.sim.plan`` says what stays
+  in a half, and when a long reduction is split into passes whose partial sums go through external memory.
+* One channel to external memory moves one request at a time, in order; a request of n bytes takes
+  ceil(n / ``dram_bytes_per_cycle``) cycles. A finished tile waits in a write-back register and goes first.
+* A step waits for its weights and activations. A load waits for its half of the buffer. After its last step a tile
+  takes ``fill_drain_cycles`` to drain; it leaves when the register is free and its partial sums have arrived.
+* Scaling a group's sum bit-serially takes ``dequantization_cycles`` and is hidden behind the next group; where a group
+  has fewer cycles than that, the group takes that many.
+* A product starts when the one before has finished, with empty buffers. Repeated products cost the same each time, so
+  one is simulated and multiplied.
+
+Every cycle belongs to exactly one cause: compute, stall on weights, stall on activations, or drain (pipeline fill and
+drain, a full write-back register, late partial sums, the last write-back). Weights are named first where both miss.
+
+Energy: a PE's energy per cycle × place-and-route factor × all PEs × compute cycles (PEs without work in a tile that is
+not full are not gated, as published; in all other cycles the array's clock is gated). Buffers: one read of both ports
+per dot-product step, one write per bit loaded, and one write of every output into the activation buffer. External
+memory: energy per bit × traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.shapes import ModelShape
+from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
+from termwise.sim.accelerators import Accelerator
+from termwise.sim.cycle import ACTIVATION_BYTES, CycleCount, TileProgram, Traffic, run_tile_program
+from termwise.sim.memory import buffer_access_pj, buffer_write_pj_per_bit
+from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """Energy in µJ."""
+
+    pe_uj: float
+    sram_uj: float
+    dram_uj: float
+
+    @property
+    def total_uj(self) -> float:
+        """PEs, buffers and external memory."""
+        return self.pe_uj + self.sram_uj + self.dram_uj
+
+
+@dataclass(frozen=True, kw_only=True)
+class StallCycles:
+    """Cycles in which the array does not compute, by cause."""
+
+    weights: int
+    activations: int
+    drain: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSimulation:
+    """One distinct product; all sums are over its ``repeats``."""
+
+    name: str
+    operand: Operand
+    tokens: int
+    reduction: int
+    outputs: int
+    repeats: int
+    passes: int
+    cycles: int
+    compute_cycles: int
+    stall_cycles: StallCycles
+    traffic: Traffic
+    energy: Energy
+    pe_utilization: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, units in the names."""
+        return {
+            "name": self.name,
+            "operand": self.operand,
+            "tokens": self.tokens,
+            "reduction": self.reduction,
+            "outputs": self.outputs,
+            "repeats": self.repeats,
+            "passes": self.passes,
+            "cycles": self.cycles,
+            "compute_cycles": self.compute_cycles,
+            **_stalls_to_dict(self.stall_cycles),
+            **_traffic_to_dict(self.traffic),
+            **_energy_to_dict(self.energy),
+            "pe_utilization": self.pe_utilization,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """Result of a simulation of one prefill, or of one decode step, of ``batch`` sequences.
+
+    ``pe_utilization`` is the share of all PE-cycles that computed an output that was asked for.
+    """
+
+    model: str
+    accelerator: str
+    format: str
+    phase: Phase
+    context: int
+    batch: int
+    clock_mhz: int
+    key_value_bits: int
+    cycles: int
+    compute_cycles: int
+    stall_cycles: StallCycles
+    traffic: Traffic
+    energy: Energy
+    pe_utilization: float
+    layers: tuple[LayerSimulation, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def latency_ms(self) -> float:
+        """``cycles`` at the accelerator's clock."""
+        return self.cycles / (self.clock_mhz * 1e3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, units in the names."""
+        return {
+            "model_of": "cycle",
+            "model": self.model,
+            "accelerator": self.accelerator,
+            "format": self.format,
+            "phase": self.phase,
+            "context": self.context,
+            "batch": self.batch,
+            "clock_mhz": self.clock_mhz,
+            "key_value_bits": self.key_value_bits,
+            "cycles": self.cycles,
+            "latency_cycles": self.cycles,
+            "latency_ms": self.latency_ms,
+            "compute_cycles": self.compute_cycles,
+            **_stalls_to_dict(self.stall_cycles),
+            **_traffic_to_dict(self.traffic),
+            **_energy_to_dict(self.energy),
+            "pe_utilization": self.pe_utilization,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+
+def _stalls_to_dict(stalls: StallCycles) -> dict[str, int]:
+    return {
+        "weight_stall_cycles": stalls.weights,
+        "activation_stall_cycles": stalls.activations,
+        "drain_stall_cycles": stalls.drain,
+    }
+
+
+def _traffic_to_dict(traffic: Traffic) -> dict[str, int]:
+    return {
+        "traffic_bytes": traffic.total_bytes,
+        "weight_traffic_bytes": traffic.weight_bytes,
+        "activation_traffic_bytes": traffic.activation_bytes,
+        "output_traffic_bytes": traffic.output_bytes,
+    }
+
+
+def _energy_to_dict(energy: Energy) -> dict[str, float]:
+    return {
+        "energy_uj": energy.total_uj,
+        "on_chip_energy_uj": energy.pe_uj + energy.sram_uj,
+        "pe_energy_uj": energy.pe_uj,
+        "sram_energy_uj": energy.sram_uj,
+        "dram_energy_uj": energy.dram_uj,
+    }
+
+
+def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Format) -> Product:
+    """One product on the accelerator's array. Raises ``UnsupportedFormatError`` where the PE takes no ``weights``."""
+    element = accelerator.processing_element
+    array = accelerator.array(phase)
+    if gemm.operand == "weight":
+        cycles_per_step = element.cycles_per_step(weights)
+        buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
+        total_bytes = weights.packed_bytes(gemm.outputs, gemm.reduction)
+        group_inputs = weights.group_size or 0
+    else:
+        cycles_per_step = element.key_value_cycles_per_step(accelerator.key_value_bits)
+        buffer_bits = float(accelerator.key_value_bits)
+        total_bytes = ceil_divide(gemm.outputs * gemm.reduction * accelerator.key_value_bits, 8)
+        group_inputs = 0
+    return Product(
+        tokens=gemm.tokens,
+        reduction=gemm.reduction,
+        outputs=gemm.outputs,
+        rows=array.rows,
+        columns=array.columns,
+        lanes=element.lanes,
+        cycles_per_step=cycles_per_step,
+        weight_buffer_bits=buffer_bits,
+        weight_total_bytes=total_bytes,
+        group_inputs=group_inputs if group_inputs < gemm.reduction else 0,
+        dequantization_cycles=accelerator.dequantization_cycles,
+        fill_drain_cycles=accelerator.fill_drain_cycles,
+        weight_buffer_bytes=accelerator.weight_buffer_bytes,
+        activation_buffer_bytes=accelerator.activation_buffer_bytes,
+        burst_bytes=accelerator.dram_bytes_per_cycle,
+    )
+
+
+def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> Energy:
+    """Energy of one product (see the module's last paragraph)."""
+    reads = accelerator.port_reads_per_step
+    weight_port_bits = product.lanes * product.weight_buffer_bits * product.rows / reads
+    activation_port_bits = product.lanes * 8 * ACTIVATION_BYTES * product.columns / reads
+    read_pj = buffer_access_pj("read", weight_port_bits) + buffer_access_pj("read", activation_port_bits)
+    # Weights may take more bits in the buffer than in external memory, where a decoder stands between the two.
+    buffered_weight_bits = (
+        count.traffic.weight_bytes
+        / product.weight_total_bytes
+        * product.outputs
+        * product.reduction
+        * product.weight_buffer_bits
+    )
+    written_pj = buffered_weight_bits * buffer_write_pj_per_bit(weight_port_bits)
+    written_pj += (
+        8
+        * (count.traffic.activation_bytes + count.traffic.output_bytes)
+        * buffer_write_pj_per_bit(activation_port_bits)
+    )
+    pe_pj_per_cycle = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
+    return Energy(
+        pe_uj=pe_pj_per_cycle * product.rows * product.columns * count.compute_cycles / 1e6,
+        sram_uj=(count.dot_product_steps * reads * read_pj + written_pj) / 1e6,
+        dram_uj=8 * count.traffic.total_bytes * accelerator.dram_pj_per_bit / 1e6,
+    )
+
+
+def _useful_pe_cycles(product: Product) -> int:
+    """PE-cycles that compute the outputs of one product if no PE ever idles."""
+    steps = ceil_divide(product.reduction, product.lanes)
+    return product.outputs * product.tokens * steps * product.cycles_per_step
+
+
+def _times(repeats: int, count: CycleCount) -> tuple[StallCycles, Traffic]:
+    stalls = StallCycles(
+        weights=repeats * count.weight_stall_cycles,
+        activations=repeats * count.activation_stall_cycles,
+        drain=repeats * count.drain_stall_cycles,
+    )
+    traffic = Traffic(
+        weight_bytes=repeats * count.traffic.weight_bytes,
+        activation_bytes=repeats * count.traffic.activation_bytes,
+        output_bytes=repeats * count.traffic.output_bytes,
+    )
+    return stalls, traffic
+
+
+def _layer(
+    gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, accelerator: Accelerator
+) -> LayerSimulation:
+    stalls, traffic = _times(gemm.repeats, count)
+    energy = _energy(product, count, accelerator)
+    return LayerSimulation(
+        name=gemm.name,
+        operand=gemm.operand,
+        tokens=gemm.tokens,
+        reduction=gemm.reduction,
+        outputs=gemm.outputs,
+        repeats=gemm.repeats,
+        passes=tile_counts(program)[2],
+        cycles=gemm.repeats * count.cycles,
+        compute_cycles=gemm.repeats * count.compute_cycles,
+        stall_cycles=stalls,
+        traffic=traffic,
+        energy=Energy(
+            pe_uj=gemm.repeats * energy.pe_uj,
+            sram_uj=gemm.repeats * energy.sram_uj,
+            dram_uj=gemm.repeats * energy.dram_uj,
+        ),
+        pe_utilization=_useful_pe_cycles(product) / (product.rows * product.columns * count.cycles),
+    )
+
+
+def simulate(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    *,
+    phase: Phase,
+    weights: Format | None = None,
+    context: int = 256,
+    batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Simulation:
+    """Simulate one prefill of ``context`` tokens, or one decode step over ``context`` cached tokens.
+
+    ``weights`` is the format of all linear layers, the accelerator's own for the phase where it is None. ``progress``
+    is called with the distinct products finished and their number.
+
+    Raises ``InputError`` for an unknown phase, a context or batch below 1 or an array that does not fit the buffers,
+    and ``UnsupportedFormatError`` (an ``InputError``) where the PE has no way to take ``weights``.
+    """
+    phase = check_phase(phase)
+    if weights is None:
+        weights = get_format(accelerator.default_format(phase))
+    gemms = workload(shape, phase=phase, context=context, batch=batch)
+    counts: dict[TileProgram, CycleCount] = {}
+    layers: list[LayerSimulation] = []
+    for index, gemm in enumerate(gemms):
+        product = product_of(gemm, accelerator, phase, weights)
+        program = plan_product(product)
+        if program not in counts:
+            counts[program] = run_tile_program(program)
+        layers.append(_layer(gemm, product, program, counts[program], accelerator))
+        if progress is not None:
+            progress(index + 1, len(gemms))
+    array = accelerator.array(phase)
+    cycles = sum(layer.cycles for layer in layers)
+    useful = sum(layer.pe_utilization * layer.cycles for layer in layers)
+    return Simulation(
+        model=shape.name,
+        accelerator=accelerator.name,
+        format=weights.name,
+        phase=phase,
+        context=context,
+        batch=batch,
+        clock_mhz=accelerator.clock_mhz,
+        key_value_bits=accelerator.key_value_bits,
+        cycles=cycles,
+        compute_cycles=sum(layer.compute_cycles for layer in layers),
+        stall_cycles=StallCycles(
+            weights=sum(layer.stall_cycles.weights for layer in layers),
+            activations=sum(layer.stall_cycles.activations for layer in layers),
+            drain=sum(layer.stall_cycles.drain for layer in layers),
+        ),
+        traffic=Traffic(
+            weight_bytes=sum(layer.traffic.weight_bytes for layer in layers),
+            activation_bytes=sum(layer.traffic.activation_bytes for layer in layers),
+            output_bytes=sum(layer.traffic.output_bytes for layer in layers),
+        ),
+        energy=Energy(
+            pe_uj=sum(layer.energy.pe_uj for layer in layers),
+            sram_uj=sum(layer.energy.sram_uj for layer in layers),
+            dram_uj=sum(layer.energy.dram_uj for layer in layers),
+        ),
+        pe_utilization=useful / cycles if cycles else 0.0,
+        layers=tuple(layers),
+        notes=_notes(shape, accelerator, array.columns, layers),
+    )
+
+
+def _notes(shape: ModelShape, accelerator: Accelerator, columns: int, layers: list[LayerSimulation]) -> tuple[str, ...]:
+    """What a reader of the numbers should know of this simulation in particular."""
+    notes: list[str] = []
+    if shape.attention is None:
+        notes.append(f"the attention of {shape.name} is not known and not simulated")
+    elif accelerator.key_value_bits < 16:
+        notes.append(
+            f"keys and values are {accelerator.key_value_bits}-bit integers here; the perplexities of termwise keep "
+            "them in floating point"
+        )
+    tokens = max((layer.tokens for layer in layers if layer.operand == "weight"), default=columns)
+    if tokens < columns:
+        notes.append(f"{tokens} of {columns} array columns have a token to work on in the linear layers")
+    split = [layer.name for layer in layers if layer.passes > 1]
+    if split:
+        notes.append(
+            "partial sums go through external memory, because long reductions do not fit in the buffers: "
+            + ", ".join(split)
+        )
+    return tuple(notes)

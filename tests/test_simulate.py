@@ -1,0 +1,441 @@
+"""The cycle-level simulator: kernel against reference, laws, hand-counted cases, and whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import get_format
+from termwise.algorithms.processing_element import UnsupportedFormatError
+from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
+from termwise.algorithms.workload import PHASES, Phase, workload
+from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.cycle import CycleCount, TileProgram, run_tile_program
+from termwise.sim.cycle_reference import run_tile_program_by_cycles
+from termwise.sim.explain import REASONS, documented_tables, explain
+from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic, tile_counts
+from termwise.sim.published import simulate_published
+from termwise.sim.simulate import Simulation, product_of, simulate
+
+Runner = Callable[[TileProgram], CycleCount]
+RUNNERS = pytest.mark.parametrize("run", [run_tile_program, run_tile_program_by_cycles], ids=["kernel", "reference"])
+
+
+def product(**changes: float) -> Product:
+    """A product of one tile of 4 × 4 PEs with large buffers and one byte per cycle, with ``changes``."""
+    base = Product(
+        tokens=4,
+        reduction=8,
+        outputs=4,
+        rows=4,
+        columns=4,
+        lanes=1,
+        cycles_per_step=1,
+        weight_buffer_bits=8,
+        weight_total_bytes=32,
+        group_inputs=0,
+        dequantization_cycles=0,
+        fill_drain_cycles=0,
+        weight_buffer_bytes=4096,
+        activation_buffer_bytes=4096,
+        burst_bytes=1,
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Product:
+    """Small products, most of them too large for their buffers in one way or another."""
+    outputs = draw(st.integers(1, 40))
+    reduction = draw(st.integers(1, 60))
+    return Product(
+        tokens=draw(st.integers(1, 30)),
+        reduction=reduction,
+        outputs=outputs,
+        rows=draw(st.integers(1, 8)),
+        columns=draw(st.integers(1, 8)),
+        lanes=draw(st.sampled_from([1, 2, 4])),
+        cycles_per_step=draw(st.integers(1, 4)),
+        weight_buffer_bits=draw(st.sampled_from([3.1, 4, 8, 16])),
+        weight_total_bytes=draw(st.integers(1, 2 * outputs * reduction)),
+        group_inputs=draw(st.sampled_from([0, 4, 8, 16, 128])),
+        dequantization_cycles=draw(st.sampled_from([0, 8])),
+        fill_drain_cycles=draw(st.sampled_from([0, 1, 4, 12])),
+        weight_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
+        activation_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
+        burst_bytes=draw(st.sampled_from([1, 2, 5, 8, 32, 1000])),
+    )
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> TileProgram:
+    """Programs of such products."""
+    return plan_product(draw(products()))
+
+
+def tile_passes(program: TileProgram) -> int:
+    row_tiles, column_tiles, passes = tile_counts(program)
+    return row_tiles * column_tiles * passes
+
+
+def causes(count: CycleCount) -> int:
+    stalls = count.weight_stall_cycles + count.activation_stall_cycles + count.drain_stall_cycles
+    return count.compute_cycles + stalls
+
+
+# Kernel and reference.
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(programs())
+def test_kernel_equals_the_reference_that_counts_single_cycles(program: TileProgram) -> None:
+    assert run_tile_program(program) == run_tile_program_by_cycles(program)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(products(), st.integers(1, 7), st.booleans())
+def test_kernel_equals_the_reference_on_plans_that_are_not_the_best(
+    product: Product, passes: int, weights_stationary: bool
+) -> None:
+    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, product.columns)
+    program = plan_product(product, passes=passes if tiles >= 3 else 1, weights_stationary=weights_stationary)
+    count = run_tile_program(program)
+    assert count == run_tile_program_by_cycles(program)
+    assert count.traffic == planned_traffic(program)
+    assert causes(count) == count.cycles
+
+
+def test_random_programs_cover_every_kind_of_allocation_and_split() -> None:
+    seen: set[tuple[int, int, bool]] = set()
+
+    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
+    @given(programs())
+    def collect(program: TileProgram) -> None:
+        seen.add((program.weight_allocation, program.activation_allocation, tile_counts(program)[2] > 1))
+
+    collect()
+    assert len({(weights, activations) for weights, activations, _ in seen}) >= 6
+    assert {split for _, _, split in seen} == {False, True}
+
+
+# Laws.
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(programs())
+def test_every_cycle_has_one_cause_and_no_server_is_beaten(program: TileProgram) -> None:
+    count = run_tile_program(program)
+    assert causes(count) == count.cycles
+    assert count.cycles >= count.compute_cycles + tile_passes(program) * program.fill_drain_cycles
+    assert count.cycles >= ceil_divide(count.traffic.total_bytes, program.burst_bytes)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(programs())
+def test_compute_cycles_are_tiles_times_steps_times_cycles_per_step(program: TileProgram) -> None:
+    count = run_tile_program(program)
+    row_tiles, column_tiles, _ = tile_counts(program)
+    steps = row_tiles * column_tiles * ceil_divide(program.reduction, program.lanes)
+    assert count.dot_product_steps == steps
+    if program.group_steps == 0:
+        assert count.compute_cycles == steps * program.cycles_per_step
+    else:
+        assert count.compute_cycles >= steps * program.cycles_per_step
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(programs())
+def test_traffic_is_the_planned_one_and_moves_everything_at_least_once(program: TileProgram) -> None:
+    traffic = run_tile_program(program).traffic
+    assert traffic == planned_traffic(program)
+    assert traffic.weight_bytes % program.weight_total_bytes == 0
+    assert traffic.weight_bytes >= program.weight_total_bytes
+    assert traffic.activation_bytes >= 2 * program.tokens * program.reduction
+    assert traffic.output_bytes >= 2 * program.tokens * program.outputs
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(programs())
+def test_twice_the_bandwidth_costs_no_cycles(program: TileProgram) -> None:
+    cycles = [run_tile_program(program._replace(burst_bytes=2**power)).cycles for power in range(12)]
+    assert cycles == sorted(cycles, reverse=True)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(products())
+def test_larger_buffers_move_no_more_bytes(product: Product) -> None:
+    larger = dataclasses.replace(
+        product,
+        weight_buffer_bytes=2 * product.weight_buffer_bytes,
+        activation_buffer_bytes=2 * product.activation_buffer_bytes,
+    )
+    traffic = planned_traffic(plan_product(product)).total_bytes
+    assert planned_traffic(plan_product(larger)).total_bytes <= traffic
+
+
+@RUNNERS
+def test_with_a_channel_of_any_width_only_first_loads_and_last_write_back_show(run: Runner) -> None:
+    program = plan_product(
+        product(outputs=10, tokens=9, reduction=32, weight_total_bytes=320, fill_drain_cycles=5, burst_bytes=1 << 20)
+    )
+    count = run(program)
+    tiles, steps = 3 * 3, 32
+    assert count.compute_cycles == tiles * steps
+    assert count.weight_stall_cycles == 1
+    assert count.activation_stall_cycles == 1
+    assert count.drain_stall_cycles == tiles * 5 + 1
+    assert count.cycles == tiles * (steps + 5) + 3
+
+
+# Cases counted by hand.
+
+
+@RUNNERS
+def test_one_tile_loads_then_computes_then_drains_then_writes(run: Runner) -> None:
+    count = run(plan_product(product(fill_drain_cycles=3)))
+    # 32 bytes of weights, 4 tokens × 8 inputs × 2 bytes, 8 steps, 3 to drain, 4 × 4 outputs × 2 bytes.
+    assert count == CycleCount(
+        cycles=32 + 64 + 8 + 3 + 32,
+        compute_cycles=8,
+        weight_stall_cycles=32,
+        activation_stall_cycles=64,
+        drain_stall_cycles=3 + 32,
+        dot_product_steps=8,
+        traffic=planned_traffic(plan_product(product(fill_drain_cycles=3))),
+    )
+
+
+@RUNNERS
+def test_second_tile_loads_while_the_first_computes_and_the_write_back_goes_first(run: Runner) -> None:
+    # Two tiles of outputs; each takes 32 weight bytes, 8 steps of 5 cycles = 40 cycles, 32 bytes of outputs.
+    count = run(plan_product(product(outputs=8, weight_total_bytes=64, cycles_per_step=5)))
+    # 32 + 64 cycles until the first tile starts; the second one's weights arrive 32 cycles into its 40.
+    # Its write-back hides behind the second tile; the last one shows.
+    assert count.cycles == 32 + 64 + 40 + 40 + 32
+    assert (count.weight_stall_cycles, count.activation_stall_cycles, count.drain_stall_cycles) == (32, 64, 32)
+
+
+@RUNNERS
+def test_full_write_back_register_holds_the_next_tile(run: Runner) -> None:
+    # As before with 8 cycles of compute per tile: the second tile is done 16 cycles before the register is free.
+    count = run(plan_product(product(outputs=8, weight_total_bytes=64)))
+    # 96: first tile starts; 104: it leaves, but the channel loads the second one's weights until 128. The write-back
+    # takes 128 .. 160. The second tile computes 128 .. 136, waits until 160 and is written until 192.
+    assert count.cycles == 192
+    assert (count.compute_cycles, count.weight_stall_cycles) == (16, 32 + 24)
+    assert (count.activation_stall_cycles, count.drain_stall_cycles) == (64, 24 + 32)
+
+
+@RUNNERS
+def test_groups_shorter_than_their_scaling_take_its_time(run: Runner) -> None:
+    # 8 inputs in 2 groups of 4: one step of 2 cycles each with 4 lanes, but scaling takes 8.
+    short = product(lanes=4, cycles_per_step=2, group_inputs=4, dequantization_cycles=8)
+    assert run(plan_product(short)).compute_cycles == 16
+    # 128 inputs at 2 cycles per step hide it: 32 steps of 2 cycles.
+    long = product(
+        lanes=4, cycles_per_step=2, group_inputs=128, dequantization_cycles=8, reduction=256, weight_total_bytes=1024
+    )
+    assert run(plan_product(long)).compute_cycles == 128
+
+
+def test_operands_that_fit_are_loaded_once() -> None:
+    program = plan_product(product(outputs=64, tokens=64, weight_total_bytes=512))
+    assert planned_traffic(program).weight_bytes == 512
+    assert planned_traffic(program).activation_bytes == 64 * 8 * 2
+
+
+def test_long_reduction_is_split_when_its_panels_do_not_fit() -> None:
+    # A panel of 32 tokens × 11008 inputs in FP16 does not fit in half of 512 KiB.
+    gemm = next(
+        layer
+        for layer in simulate(known_shape("llama-2-7b"), get_accelerator("bitmod-lossy"), phase="prefill").layers
+        if layer.name.endswith("down_proj")
+    )
+    assert gemm.passes > 1
+    values = gemm.repeats * gemm.tokens * gemm.outputs
+    assert gemm.traffic.output_bytes == values * (2 + 8 * (gemm.passes - 1))
+
+
+def test_products_that_cannot_be_planned_are_refused() -> None:
+    with pytest.raises(InputError, match="more than half a buffer"):
+        plan_product(product(weight_buffer_bytes=4))
+    with pytest.raises(InputError, match="too large to simulate"):
+        plan_product(product(outputs=2**31, weight_total_bytes=2**40))
+
+
+# Whole models.
+
+
+@pytest.fixture(scope="module")
+def small_shape() -> ModelShape:
+    """Two layers of 256 features with grouped-query attention."""
+    linears = tuple(
+        LinearShape(name=f"layers.{layer}.{name}", outputs=outputs, inputs=inputs)
+        for layer in range(2)
+        for name, outputs, inputs in (("q", 256, 256), ("k", 64, 256), ("up", 640, 256), ("down", 256, 640))
+    )
+    attention = AttentionShape(layers=2, heads=8, key_value_heads=2, head_size=32)
+    head = LinearShape(name="head", outputs=1000, inputs=256)
+    return ModelShape(name="small", linears=(*linears, head), attention=attention, head="head")
+
+
+@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("phase", PHASES)
+def test_dictionary_is_json_and_its_parts_add_up(small_shape: ModelShape, accelerator: str, phase: Phase) -> None:
+    result = simulate(small_shape, get_accelerator(accelerator), phase=phase, context=48, batch=2)
+    document = result.to_dict()
+    assert json.loads(json.dumps(document)) == document
+    assert document["cycles"] == document["latency_cycles"]
+    stalls = ("weight_stall_cycles", "activation_stall_cycles", "drain_stall_cycles")
+    traffic = ("weight_traffic_bytes", "activation_traffic_bytes", "output_traffic_bytes")
+    energies = ("pe_energy_uj", "sram_energy_uj", "dram_energy_uj")
+    for part in (document, *document["layers"]):
+        assert part["cycles"] == part["compute_cycles"] + sum(part[name] for name in stalls)
+        assert part["traffic_bytes"] == sum(part[name] for name in traffic)
+        assert part["energy_uj"] == pytest.approx(sum(part[name] for name in energies), rel=1e-12)
+        assert 0 < part["pe_utilization"] <= 1
+    for name in ("cycles", "compute_cycles", *stalls, *traffic):
+        assert document[name] == sum(layer[name] for layer in document["layers"])
+    for name in energies:
+        assert document[name] == pytest.approx(sum(layer[name] for layer in document["layers"]))
+    assert document["dram_energy_uj"] == pytest.approx(document["traffic_bytes"] * 8 * 18.75e-6)
+
+
+def test_both_models_speak_with_the_same_keys(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    simulated = simulate(small_shape, accelerator, phase="decode").to_dict()
+    published = simulate_published(small_shape, accelerator, phase="decode").to_dict()
+    assert simulated["model_of"] == "cycle"
+    assert published["model_of"] == "published"
+    only_published = {"weight_bits", "sram_read_energy_uj", "sram_write_energy_uj"}
+    assert set(published) - set(simulated) == only_published
+
+
+@pytest.mark.parametrize("accelerator", accelerator_names())
+def test_weights_that_are_read_once_cost_their_packed_bytes(small_shape: ModelShape, accelerator: str) -> None:
+    result = simulate(small_shape, get_accelerator(accelerator), phase="decode", context=1)
+    weights = get_format(result.format)
+    linear_bytes = sum(layer.traffic.weight_bytes for layer in result.layers if layer.operand == "weight")
+    assert linear_bytes == sum(weights.packed_bytes(linear.outputs, linear.inputs) for linear in small_shape.linears)
+
+
+@pytest.mark.parametrize("accelerator", ["fp16", "bitmod-lossy@8x8"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_layers_of_a_model_are_the_reference_times_their_repeats(
+    small_shape: ModelShape, accelerator: str, phase: Phase
+) -> None:
+    machine = get_accelerator(accelerator)
+    result = simulate(small_shape, machine, phase=phase, context=24, weights=get_format("bitmod-w4g128"))
+    for layer, gemm in zip(result.layers, workload(small_shape, phase=phase, context=24, batch=1), strict=True):
+        program = plan_product(product_of(gemm, machine, phase, get_format("bitmod-w4g128")))
+        count = run_tile_program_by_cycles(program)
+        assert layer.cycles == gemm.repeats * count.cycles
+        assert layer.traffic.total_bytes == gemm.repeats * count.traffic.total_bytes
+
+
+def test_cycles_do_not_depend_on_the_energy_constants(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    dearer = dataclasses.replace(accelerator, pe_energy_pj_per_cycle=2 * accelerator.pe_energy_pj_per_cycle)
+    first, second = (simulate(small_shape, machine, phase="prefill") for machine in (accelerator, dearer))
+    assert second.cycles == first.cycles
+    assert second.energy.pe_uj == pytest.approx(2 * first.energy.pe_uj)
+    assert second.energy.sram_uj == first.energy.sram_uj
+
+
+def test_fewer_bits_cost_fewer_bytes_and_terms_set_the_compute(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    results = {
+        name: simulate(small_shape, accelerator, phase="decode", weights=get_format(name))
+        for name in ("int-w8g128", "int-w6g128", "bitmod-w4g128", "bitmod-w3g128")
+    }
+    traffic = [result.traffic.weight_bytes for result in results.values()]
+    assert traffic == sorted(traffic, reverse=True)
+
+    def linear_compute(result: Simulation) -> int:
+        return sum(layer.compute_cycles for layer in result.layers if layer.operand == "weight")
+
+    compute = [linear_compute(result) for result in results.values()]
+    assert compute[0] * 3 == compute[1] * 4
+    assert compute[1] * 2 == compute[2] * 3
+    assert compute[2] == compute[3]
+
+
+def test_batch_of_decode_shares_the_weights(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    one = simulate(small_shape, accelerator, phase="decode", batch=1)
+    many = simulate(small_shape, accelerator, phase="decode", batch=8)
+    assert many.cycles < 8 * one.cycles
+    for single, batched in zip(one.layers, many.layers, strict=True):
+        if single.operand == "weight":
+            assert batched.traffic.weight_bytes == single.traffic.weight_bytes
+        else:
+            assert batched.cycles == 8 * single.cycles
+
+
+def test_format_that_the_processing_element_cannot_take_is_refused(small_shape: ModelShape) -> None:
+    with pytest.raises(UnsupportedFormatError, match="fp16"):
+        simulate(small_shape, get_accelerator("bitmod-lossy"), phase="decode", weights=get_format("fp16"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"phase": "x"}, "unknown phase"), ({"context": 0}, "context is 0"), ({"batch": 0}, "batch is 0")],
+)
+def test_bad_input_is_refused(small_shape: ModelShape, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        simulate(small_shape, get_accelerator("fp16"), **{"phase": "prefill", **arguments})  # type: ignore[arg-type]
+
+
+def test_notes_say_what_to_know(small_shape: ModelShape) -> None:
+    quantized = simulate(small_shape, get_accelerator("bitmod-lossy"), phase="decode")
+    assert any("8-bit integers" in note for note in quantized.notes)
+    assert any("1 of 16 array columns" in note for note in quantized.notes)
+    bare = dataclasses.replace(small_shape, attention=None)
+    result = simulate(bare, get_accelerator("fp16"), phase="prefill")
+    assert any("not simulated" in note for note in result.notes)
+    assert {layer.operand for layer in result.layers} == {"weight"}
+
+
+def test_progress_counts_the_distinct_products(small_shape: ModelShape) -> None:
+    calls: list[tuple[int, int]] = []
+    simulate(
+        small_shape, get_accelerator("fp16"), phase="prefill", progress=lambda done, count: calls.append((done, count))
+    )
+    assert calls == [(index, 7) for index in range(1, 8)]
+
+
+# Both models side by side.
+
+
+@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("phase", PHASES)
+def test_reasons_add_up_to_the_difference(accelerator: str, phase: Phase) -> None:
+    shape, machine = known_shape("llama-3-8b"), get_accelerator(accelerator)
+    explanation = explain(shape, machine, phase=phase)
+    assert explanation.published_cycles == simulate_published(shape, machine, phase=phase).cycles
+    assert explanation.cycles == simulate(shape, machine, phase=phase).cycles
+    assert tuple(explanation.reasons) == REASONS
+    assert sum(explanation.reasons.values()) == explanation.cycles - explanation.published_cycles
+    assert explanation.reasons["overlap"] > 0
+    if phase == "decode":
+        assert explanation.reasons["head_tokens"] == 0
+    if accelerator == "fp16":
+        assert explanation.reasons["weight_format"] == 0
+    document = explanation.to_dict()
+    assert json.loads(json.dumps(document)) == document
+    for model in ("published", "cycle"):
+        total = sum(entry[model]["cycles"] for entry in document["classes"].values())
+        assert total == document["published_cycles" if model == "published" else "cycles"]
+
+
+def test_documented_tables_are_what_the_code_computes() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
+    for name, table in documented_tables().items():
+        assert table in text, f"the table {name!r} of docs/simulator.md is out of date: python -m termwise.sim.explain"
