@@ -129,9 +129,8 @@ def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]
     """Exact inverse of the encoding: float32 [outputs, inputs]."""
     codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
     chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
-    levels = grid.Tables(format.datatypes).levels[chosen]
     scales = _products(parts["group_scales"], parts["channel_scales"])
-    return grid.decode(codes, format.group_size or inputs, scales, levels)
+    return grid.decode(codes, format.group_size or inputs, scales, chosen, grid.Tables(format.datatypes))
 
 
 def _products(group_scales: NDArray[np.generic], channel_scales: NDArray[np.generic]) -> NDArray[np.float64]:

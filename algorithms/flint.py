@@ -66,5 +66,5 @@ def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]
     """Exact inverse of the encoding: float32 [outputs, inputs]."""
     codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
     chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
-    levels = grid.Tables(format.datatypes).levels[chosen]
-    return grid.decode(codes, format.group_size or inputs, parts["scales"].astype(np.float64), levels)
+    scales = parts["scales"].astype(np.float64)
+    return grid.decode(codes, format.group_size or inputs, scales, chosen, grid.Tables(format.datatypes))

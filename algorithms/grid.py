@@ -28,7 +28,6 @@ from termwise.algorithms.datatypes import DataType
 from termwise.algorithms.errors import InputError
 
 Weights = NDArray[np.float16] | NDArray[np.float32]
-Decoded = NDArray[np.float32]
 
 WEIGHTS_AT_ONCE = 1 << 21
 """Weights that are widened to float32 at a time: what a quantizer holds beside its input and its output (8 MiB)."""
@@ -264,6 +263,23 @@ def _encode(
         _encode_row(weights[row], group_size, scales[row], chosen[row], thresholds, code_of_rank, codes[row])
 
 
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _decode(
+    codes: NDArray[np.uint8],
+    group_size: int,
+    scales: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    levels: NDArray[np.float64],
+    decoded: NDArray[np.float32],
+) -> None:
+    for row in prange(codes.shape[0]):
+        for group in range(chosen.shape[1]):
+            candidate = chosen[row, group]
+            scale = scales[row, group]
+            for column in range(group * group_size, min((group + 1) * group_size, codes.shape[1])):
+                decoded[row, column] = np.float32(levels[candidate, codes[row, column]] * scale)
+
+
 def squared_errors(weights: Sequence[float], datatypes: Sequence[DataType]) -> list[Fraction]:
     """Exact squared error of one group of weights on each data type, scaled to the group's largest magnitude.
 
@@ -341,19 +357,24 @@ def encode(
 
 
 def decode(
-    codes: NDArray[np.uint8], group_size: int, scales: NDArray[np.float64], levels: NDArray[np.float64]
-) -> Decoded:
+    codes: NDArray[np.uint8],
+    group_size: int,
+    scales: NDArray[np.float64],
+    chosen: NDArray[np.uint8],
+    tables: Tables,
+) -> NDArray[np.float32]:
     """Level × scale of every code, rounded once to float32.
 
     Args:
         codes: uint8 [rows, columns].
         group_size: columns of a group.
         scales: float64 [rows, groups].
-        levels: level by group and code, float64 [rows, groups, 2**bits].
+        chosen: index of each group's data type, uint8 [rows, groups].
+        tables: the data types.
     """
-    groups = np.arange(codes.shape[1]) // group_size
-    row = np.arange(codes.shape[0])[:, None]
-    return (levels[row, groups, codes] * scales[:, groups]).astype(np.float32)
+    decoded = np.empty(codes.shape, dtype=np.float32)
+    _decode(codes, group_size, scales, chosen, tables.levels, decoded)
+    return decoded
 
 
 def row_blocks(weights: Weights) -> Iterator[tuple[slice, NDArray[np.float32]]]:

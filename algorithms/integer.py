@@ -8,6 +8,8 @@ FP16 scale that is stored; 24 bits per group for the asymmetric type, as BitMoD 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,14 +54,16 @@ def quantize_symmetric(weights: grid.Weights, format: Format) -> Parts:
 def dequantize_symmetric(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
     """Exact inverse of the encoding: float32 [outputs, inputs]."""
     codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    levels = grid.Tables(format.datatypes).levels[np.zeros(parts["scales"].shape, dtype=np.intp)]
-    return grid.decode(codes, format.group_size or inputs, parts["scales"].astype(np.float64), levels)
+    only = np.zeros(parts["scales"].shape, dtype=np.uint8)
+    scales = parts["scales"].astype(np.float64)
+    return grid.decode(codes, format.group_size or inputs, scales, only, grid.Tables(format.datatypes))
 
 
-def _offset_types(bits: int) -> list[DataType]:
+@cache
+def _offset_tables(bits: int) -> grid.Tables:
     """The levels code - zero point, for every zero point: what an asymmetric integer is once its zero is known."""
     count = 1 << bits
-    return [
+    types = [
         DataType(
             name=f"uint{bits}_minus_{zero}",
             bits=bits,
@@ -69,6 +73,7 @@ def _offset_types(bits: int) -> list[DataType]:
         )
         for zero in range(count)
     ]
+    return grid.Tables(types)
 
 
 def quantize_asymmetric(weights: grid.Weights, format: Format) -> Parts:
@@ -77,7 +82,7 @@ def quantize_asymmetric(weights: grid.Weights, format: Format) -> Parts:
     inputs = weights.shape[1]
     group_size = format.group_size or inputs
     top = (1 << format.weight_bits) - 1
-    tables = grid.Tables(_offset_types(format.weight_bits))
+    tables = _offset_tables(format.weight_bits)
     starts = np.arange(0, inputs, group_size)
     for rows, block in grid.row_blocks(weights):
         least = np.minimum(np.minimum.reduceat(block, starts, axis=1), 0).astype(np.float64)
@@ -94,10 +99,9 @@ def quantize_asymmetric(weights: grid.Weights, format: Format) -> Parts:
 def dequantize_asymmetric(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
     """Exact inverse of the encoding: float32 [outputs, inputs]."""
     codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    group = np.arange(inputs) // (format.group_size or inputs)
-    steps = codes.astype(np.int32) - parts["zero_points"].astype(np.int32)[:, group]
-    scaled: NDArray[np.float32] = (steps * parts["scales"].astype(np.float64)[:, group]).astype(np.float32)
-    return scaled
+    zeros = parts["zero_points"].astype(np.uint8, copy=False)
+    scales = parts["scales"].astype(np.float64)
+    return grid.decode(codes, format.group_size or inputs, scales, zeros, _offset_tables(format.weight_bits))
 
 
 def empty_parts(weights: grid.Weights, format: Format) -> Parts:

@@ -201,6 +201,25 @@ def _replace_outliers(
                 codes[row, index + 1] = _outlier_code(abs(right), bias) | (IDENTIFIER if right < 0 else 0)
 
 
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _decode(
+    codes: NDArray[np.uint8],
+    group_size: int,
+    scales: NDArray[np.float64],
+    normal: NDArray[np.float64],
+    outlier: NDArray[np.float64],
+    decoded: NDArray[np.float32],
+) -> None:
+    """``codes`` [rows, columns made even] to ``decoded`` [rows, columns]; a code beside an identifier is an outlier."""
+    for row in prange(decoded.shape[0]):
+        for column in range(decoded.shape[1]):
+            code = codes[row, column]
+            level = 0.0
+            if code != IDENTIFIER:
+                level = outlier[code] if codes[row, column ^ 1] == IDENTIFIER else normal[code]
+            decoded[row, column] = np.float32(level * scales[row, column // group_size])
+
+
 def _candidate_scales(block: NDArray[np.float32], group_size: int, largest_level: float) -> NDArray[np.float64]:
     """Scales to try, as stored in FP16: float64 [rows, groups, percents]."""
     inputs = block.shape[1]
@@ -255,13 +274,9 @@ def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]
     """Exact inverse of the encoding: float32 [outputs, inputs]."""
     codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs + inputs % 2)
     index = int(parts["normal_type"][0].astype(np.intp))
-    normal = np.nan_to_num(grid.Tables(NORMAL_TYPES[index : index + 1]).levels[0])
+    normal = grid.Tables(NORMAL_TYPES[index : index + 1]).levels[0]
     outlier = grid.Tables(OUTLIER_TYPES[index : index + 1]).levels[0]
-    victims = codes == IDENTIFIER
-    beside = np.zeros_like(victims)
-    beside[:, 0::2] = victims[:, 1::2]
-    beside[:, 1::2] = victims[:, 0::2]
-    levels = np.where(victims, 0.0, np.where(beside, outlier[codes], normal[codes]))[:, :inputs]
-    group = np.arange(inputs) // (format.group_size or inputs)
-    decoded: NDArray[np.float32] = (levels * parts["scales"].astype(np.float64)[:, group]).astype(np.float32)
+    decoded = np.empty((codes.shape[0], inputs), dtype=np.float32)
+    scales = parts["scales"].astype(np.float64)
+    _decode(codes, format.group_size or inputs, scales, normal, outlier, decoded)
     return decoded
