@@ -1,0 +1,350 @@
+"""The Pareto figure of a run as PNG and SVG, and the looks that it shares with the interactive page.
+
+The colour of a point is its format (one hue per family, lighter with fewer bits), its marker is the accelerator. For
+equal results the SVG is equal byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from termwise.algorithms.files import written_beside
+from termwise.flow.results import Point, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK: Final = "#1d2733"
+MUTED: Final = "#5d6b7a"
+GRID: Final = "#e4e8ed"
+
+_FAMILY_COLOURS: Final[Mapping[str, str]] = {
+    "fp16": "#2b2f36",
+    "int-asym": "#0a7f83",
+    "int": "#1e5bb0",
+    "bitmod": "#c9381f",
+    "olive": "#5c8a1c",
+    "ant": "#8a4fc4",
+}
+_OTHER_COLOURS: Final = ("#b0741a", "#b83280", "#4a5568", "#0f766e")
+
+MARKERS: Final[Sequence[tuple[str, str, str]]] = (
+    ("o", "circle", "●"),
+    ("s", "square", "■"),
+    ("^", "triangle-up", "▲"),
+    ("D", "diamond", "◆"),
+    ("v", "triangle-down", "▼"),
+    ("P", "cross", "✚"),
+    ("*", "star", "★"),
+    ("X", "x", "✖"),
+    ("p", "pentagon", "⬟"),
+    ("h", "hexagon", "⬢"),
+)
+"""Marker of an accelerator: Matplotlib's name, Plotly's name, the character."""
+
+LOG_FROM_RATIO: Final = 6.0
+"""An axis is logarithmic when its largest value is at least this many times its least."""
+
+
+def _lighter(colour: str, share: float) -> str:
+    """``colour`` mixed with ``share`` (0 .. 1) of white."""
+    channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
+
+
+def _family_and_bits(name: str) -> tuple[str, int]:
+    """Family of a format and its bits, read from the name; for the colour only."""
+    match = re.fullmatch(r"(?P<family>.+?)-w(?P<bits>\d+)(?:a\d+)?(?:g\d+)?", name)
+    return (match["family"], int(match["bits"])) if match else (name, 16)
+
+
+def format_colours(formats: Sequence[str]) -> dict[str, str]:
+    """Colour of every format: a hue per family, the more bits the darker."""
+    families: dict[str, list[str]] = {}
+    for name in formats:
+        families.setdefault(_family_and_bits(name)[0], []).append(name)
+    colours = {}
+    others = iter(_OTHER_COLOURS * len(families))
+    for family, members in families.items():
+        base = _FAMILY_COLOURS.get(family) or next(others)
+        ordered = sorted(members, key=lambda name: -_family_and_bits(name)[1])
+        for place, name in enumerate(ordered):
+            colours[name] = _lighter(base, 0.62 * place / max(len(ordered) - 1, 2))
+    return colours
+
+
+def accelerator_markers(accelerators: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """Marker of every accelerator (they repeat after the tenth)."""
+    return {name: MARKERS[place % len(MARKERS)] for place, name in enumerate(accelerators)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One quantity of a figure.
+
+    Attributes:
+        key: attribute of a point.
+        title: with the unit.
+        front: attribute of a point that marks the front of accuracy against this quantity.
+        reversed: whether greater values are better, so that the axis runs downwards.
+    """
+
+    key: str
+    title: str
+    front: str = ""
+    reversed: bool = False
+
+    def value(self, point: Point) -> float | None:
+        """The point's value of this quantity."""
+        value: float | None = getattr(point, self.key)
+        return value
+
+
+LATENCY: Final = Axis(key="latency_ms", title="latency (ms)", front="pareto_latency")
+ENERGY: Final = Axis(key="energy_uj", title="energy (µJ)", front="pareto_energy")
+PERPLEXITY: Final = Axis(key="perplexity", title="perplexity per token (lower is better)")
+WEIGHT_ERROR: Final = Axis(key="sqnr_db", title="weight SQNR (dB, higher is better)", reversed=True)
+
+
+def accuracy_axis(results: Results, model: str) -> Axis:
+    """The vertical axis for a model's points; energy where there is no measure of accuracy at all."""
+    measure = results.accuracy_measure(model)
+    return {"perplexity": PERPLEXITY, "sqnr_db": WEIGHT_ERROR, None: ENERGY}[measure]
+
+
+def is_logarithmic(values: Sequence[float]) -> bool:
+    """Whether the values span so wide a range that a logarithmic axis is needed."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM_RATIO
+
+
+def drawn_points(results: Results, model: str, phase: str) -> list[Point]:
+    """The points of a panel that have a value on its vertical axis."""
+    axis = accuracy_axis(results, model)
+    return [
+        point
+        for point in results.points
+        if (point.model, point.phase) == (model, phase) and axis.value(point) is not None
+    ]
+
+
+def front_line(points: Sequence[Point], horizontal: Axis, vertical: Axis) -> list[Point]:
+    """The points on the front of the two quantities, from left to right."""
+    members = [point for point in points if getattr(point, horizontal.front)]
+    return sorted(members, key=lambda point: (horizontal.value(point) or 0.0, vertical.value(point) or 0.0))
+
+
+def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], obstacles: Any) -> None:
+    """Write each label (x, y, text, colour) beside its point, where it covers the least of points and other labels."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # the Agg canvas has one
+    frame = axes.get_window_extent(renderer)
+    pixels_per_point = figure.dpi / 72
+    marker = 5.5 * pixels_per_point
+    taken: list[tuple[float, float, float, float]] = [
+        (x - marker, y - marker, x + marker, y + marker) for x, y in obstacles
+    ]
+    directions = [
+        (dx * reach, dy * reach)
+        for reach in (1.0, 1.8, 2.8, 4.0)
+        for dx, dy in ((1, 1), (1, 0), (-1, 1), (0, 1.2), (1, -1), (-1, -1), (-1, 0), (0, -1.2))
+    ]
+    for x, y, text, colour in labels:
+        best: tuple[float, Any, tuple[float, float, float, float]] | None = None
+        for rank, (dx, dy) in enumerate(directions):
+            note = axes.annotate(
+                text,
+                (x, y),
+                xytext=(7 * dx, 7 * dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                fontsize=7.5,
+                color=colour,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+                if max(abs(dx), abs(dy)) > 1.5
+                else None,
+                zorder=5,
+            )
+            box = note.get_window_extent(renderer)
+            # The extent of an annotation covers its arrow; the text alone is what must not be covered.
+            text_box = type(note).__mro__[1].get_window_extent(note, renderer) if note.arrow_patch else box
+            left, bottom, right, top = text_box.x0 - 2, text_box.y0 - 1, text_box.x1 + 2, text_box.y1 + 1
+            covered = sum(
+                max(0.0, min(right, other[2]) - max(left, other[0]))
+                * max(0.0, min(top, other[3]) - max(bottom, other[1]))
+                for other in taken
+            )
+            outside = max(0.0, frame.x0 - left) + max(0.0, right - frame.x1)
+            outside += max(0.0, frame.y0 - bottom) + max(0.0, top - frame.y1)
+            cost = covered + 200 * outside + 2 * rank
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, note, (left, bottom, right, top))
+            else:
+                note.remove()
+            if covered == 0 and outside == 0:
+                break
+        if best is not None:
+            taken.append(best[2])
+
+
+def _draw_panel(
+    axes: Axes,
+    points: Sequence[Point],
+    horizontal: Axis,
+    vertical: Axis,
+    colours: Mapping[str, str],
+    markers: Mapping[str, tuple[str, str, str]],
+) -> None:
+    """Points, front and scales of one panel (labels come last, when the layout is final)."""
+    front = front_line(points, horizontal, vertical)
+    axes.set_axisbelow(True)
+    axes.grid(visible=True, which="major", color=GRID, linewidth=0.8)
+    axes.tick_params(colors=MUTED, labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    if is_logarithmic([horizontal.value(point) or 0.0 for point in points]):
+        axes.set_xscale("log")
+    if is_logarithmic([vertical.value(point) or 0.0 for point in points]) and not vertical.reversed:
+        axes.set_yscale("log")
+    if front:
+        axes.step(
+            [horizontal.value(point) or 0.0 for point in front],
+            [vertical.value(point) or 0.0 for point in front],
+            where="post",
+            color=INK,
+            linewidth=1.1,
+            alpha=0.65,
+            zorder=2,
+        )
+    for point in points:
+        member = point in front
+        axes.plot(
+            [horizontal.value(point) or 0.0],
+            [vertical.value(point) or 0.0],
+            marker=markers[point.accelerator][0],
+            markersize=7.5 if member else 6.5,
+            markerfacecolor=colours[point.format],
+            markeredgecolor=INK if member else "white",
+            markeredgewidth=1.1 if member else 0.6,
+            alpha=1.0 if member else 0.75,
+            linestyle="none",
+            zorder=4 if member else 3,
+        )
+    axes.margins(x=0.12, y=0.14)
+    if vertical.reversed:
+        axes.invert_yaxis()
+
+
+def _legend(figure: Figure, colours: Mapping[str, str], markers: Mapping[str, tuple[str, str, str]]) -> None:
+    """One legend for all panels, right of them: formats by colour, accelerators by marker, the front."""
+    from matplotlib.lines import Line2D
+
+    def heading(text: str) -> Line2D:
+        return Line2D([], [], linestyle="none", label=rf"$\bf{{{text}}}$")
+
+    entries = [heading("format")]
+    entries += [
+        Line2D([], [], linestyle="none", marker="o", markersize=7, color=colour, label=name)
+        for name, colour in colours.items()
+    ]
+    entries += [Line2D([], [], linestyle="none", label=" "), heading("accelerator")]
+    entries += [
+        Line2D([], [], linestyle="none", marker=marker[0], markersize=7, color=MUTED, label=name)
+        for name, marker in markers.items()
+    ]
+    entries += [
+        Line2D([], [], linestyle="none", label=" "),
+        Line2D([], [], color=INK, alpha=0.65, linewidth=1.1, label="Pareto front"),
+    ]
+    figure.legend(
+        handles=entries,
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handlelength=1.4,
+        borderaxespad=0.4,
+    )
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write ``pareto.png`` and ``pareto.svg`` to ``folder``; nothing where no point can be drawn.
+
+    One row of panels per model and phase: accuracy against latency, accuracy against energy.
+    Raises ``InputError`` where the folder cannot be written.
+    """
+    panels = [(model, phase) for model, phase in results.panels() if drawn_points(results, model, phase)]
+    if not panels:
+        return []
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [point for model, phase in panels for point in drawn_points(results, model, phase)]
+    colours = format_colours(list(dict.fromkeys(point.format for point in shown)))
+    markers = accelerator_markers(list(dict.fromkeys(point.accelerator for point in shown)))
+    settings = {
+        "font.family": ["DejaVu Sans"],
+        "svg.hashsalt": "termwise",
+        "svg.fonttype": "path",
+        "axes.unicode_minus": True,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(12.4, 0.5 + 3.9 * len(panels)), dpi=150, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(panels), 2, squeeze=False)
+        for row, (model, phase) in zip(grid, panels, strict=True):
+            points = drawn_points(results, model, phase)
+            vertical = accuracy_axis(results, model)
+            for axes, horizontal in zip(row, (LATENCY, ENERGY), strict=True):
+                _draw_panel(axes, points, horizontal, vertical, colours, markers)
+                axes.set_title(f"{model} · {phase}", loc="left", fontsize=10, color=INK, fontweight="bold")
+                axes.set_xlabel(horizontal.title, fontsize=9, color=INK)
+                axes.set_ylabel(vertical.title, fontsize=9, color=INK)
+        _legend(figure, colours, markers)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for row, (model, phase) in zip(grid, panels, strict=True):
+            points = drawn_points(results, model, phase)
+            vertical = accuracy_axis(results, model)
+            for axes, horizontal in zip(row, (LATENCY, ENERGY), strict=True):
+                places = [
+                    (horizontal.value(point) or 0.0, vertical.value(point) or 0.0)
+                    for point in points
+                ]
+                labels = [
+                    (
+                        horizontal.value(point) or 0.0,
+                        vertical.value(point) or 0.0,
+                        f"{point.format} · {point.accelerator}",
+                        INK,
+                    )
+                    for point in front_line(points, horizontal, vertical)
+                ]
+                _place_labels(figure, axes, labels, axes.transData.transform(places))
+        written = []
+        for name, metadata in (("pareto.png", {"Software": None}), ("pareto.svg", {"Date": None, "Creator": None})):
+            content = BytesIO()
+            figure.savefig(content, format=name.rsplit(".", 1)[1], metadata=metadata)
+            with written_beside(folder / name) as temporary:
+                temporary.write_bytes(content.getvalue())
+            written.append(folder / name)
+    return written
+
+
+def axis_range(values: Sequence[float], *, logarithmic: bool) -> list[float]:
+    """Range of an axis with room at both ends (as Plotly takes it: exponents of ten on a logarithmic axis)."""
+    scaled = [math.log10(value) for value in values] if logarithmic else list(values)
+    low, high = min(scaled), max(scaled)
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - room, high + room]
