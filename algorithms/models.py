@@ -17,11 +17,10 @@ the others; the embedding is a table and stays as it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -62,12 +61,14 @@ class Linear:
 class Structure:
     """What the architecture says of a checkpoint.
 
-    ``linears`` in the order of execution; ``head`` is the one that makes the logits. ``missing`` are tensors that the
+    ``linears`` in the order of execution; ``head`` is the one that makes the logits; ``embedding`` is the tensor of the
+    input embedding, which the head may share. ``missing`` are tensors that the
     architecture needs and the checkpoint lacks. ``causal`` says that the architecture predicts the next token.
     """
 
     linears: tuple[Linear, ...]
     head: str | None
+    embedding: str | None
     attention: AttentionShape | None
     missing: tuple[str, ...]
     causal: bool
@@ -105,7 +106,7 @@ class Model:
     def structure(self) -> Structure:
         """The linear layers and what surrounds them. Raises ``InputError`` where config and checkpoint do not agree."""
         if self.config is None:
-            return _set_of_matrices(self.checkpoint)
+            return _set_of_matrices(self.checkpoint, self.location)
         return _architecture(self.checkpoint, self.config, self.location)
 
     @property
@@ -255,7 +256,7 @@ def _open_llama2c(file: Path, name: str) -> Model:
     return Model(name, file, checkpoint, checkpoint.config, (file, *([tokenizer] if tokenizer else [])))
 
 
-def _set_of_matrices(checkpoint: Checkpoint) -> Structure:
+def _set_of_matrices(checkpoint: Checkpoint, location: Path) -> Structure:
     """Every matrix called ``*.weight`` that is no table of embeddings, in the natural order of the names."""
     names = [
         name
@@ -263,7 +264,7 @@ def _set_of_matrices(checkpoint: Checkpoint) -> Structure:
         if len(header.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
     ]
     if not names:
-        raise InputError("the safetensors files hold no matrix *.weight that is no embedding; expected linear layers")
+        raise InputError(f"{location} holds no matrix *.weight that is no embedding; expected linear layers")
     names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
     linears = []
     for name in names:
@@ -271,7 +272,13 @@ def _set_of_matrices(checkpoint: Checkpoint) -> Structure:
         module = name.removesuffix(".weight")
         linears.append(Linear(name=module, tensor=name, transposed=False, outputs=outputs, inputs=inputs))
     return Structure(
-        linears=tuple(linears), head=None, attention=None, missing=(), causal=False, architecture="a set of matrices"
+        linears=tuple(linears),
+        head=None,
+        embedding=None,
+        attention=None,
+        missing=(),
+        causal=False,
+        architecture="a set of matrices",
     )
 
 
@@ -376,20 +383,14 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
             )
         )
     if not linears:  # the names are not those of the architecture
-        matrices = _set_of_matrices(checkpoint)
-        return Structure(
-            linears=matrices.linears,
-            head=None,
-            attention=None,
-            missing=tuple(missing),
-            causal=False,
-            architecture=kind.__name__,
-        )
-    output = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    head = next((name for name, layer in module.named_modules() if layer is output), None) if output else None
+        matrices = _set_of_matrices(checkpoint, location)
+        return replace(matrices, missing=tuple(missing), architecture=kind.__name__)
+    paths = {id(layer): name for name, layer in module.named_modules()}
+    embedding = paths.get(id(module.get_input_embeddings()))
     return Structure(
         linears=tuple(linears),
-        head=head,
+        head=paths.get(id(module.get_output_embeddings())),
+        embedding=tensors.get(f"{embedding}.weight"),
         attention=_attention(configuration),
         missing=tuple(missing),
         causal=kind.__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -420,8 +421,3 @@ def _attention(configuration: Any) -> AttentionShape | None:
         key_value_heads=getattr(configuration, "num_key_value_heads", None) or heads,
         head_size=getattr(configuration, "head_dim", None) or hidden // heads,
     )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a directory as it is written."""
-    return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
