@@ -1,7 +1,6 @@
 """The tensors of a checkpoint, read from disk one at a time, in pieces of bounded size.
 
-Source of the file format: the safetensors specification (eight bytes of header length, a JSON header, the data). Pickles
-(``pytorch_model.bin``) are never opened, because opening one runs the code that it holds.
+Pickles (``pytorch_model.bin``) are never opened, because opening one runs the code that it holds.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from termwise.algorithms.errors import InputError
 
-FLOATING_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""The dtypes that a weight may have, and as what numpy reads their bytes (BF16: the upper half of a float32)."""
+FLOATING_TYPES = ("F32", "F16", "BF16")
+"""The dtypes that a weight may have, as safetensors names them."""
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -32,7 +31,6 @@ class TensorHeader:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    offset_bytes: int
 
 
 class Checkpoint(Protocol):
@@ -66,8 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsCheckpoint:
     """The safetensors files of one directory, as one collection.
 
-    With an index (``*.safetensors.index.json``) the shards that it names count; otherwise ``model.safetensors`` if there
-    is one; otherwise every ``*.safetensors``.
+    With an index (``*.safetensors.index.json``) the shards that it names count; otherwise ``model.safetensors`` if
+    there is one; otherwise every ``*.safetensors``.
 
     Raises ``InputError`` when there is no such file, an index names a missing shard or tensor, a file is truncated or
     not in the format, or two files hold a tensor of the same name.
@@ -76,8 +74,10 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.files, index = _files_and_index(directory)
         self._headers: dict[str, TensorHeader] = {}
+        self._opened: dict[Path, Any] = {}
         for file in self.files:
-            for header in _read_headers(file):
+            self._opened[file] = _open(file)
+            for header in _read_headers(file, self._opened[file]):
                 if header.name in self._headers:
                     other = self._headers[header.name].file.name
                     raise InputError(
@@ -99,19 +99,15 @@ class SafetensorsCheckpoint:
         """As ``Checkpoint.read``. Holds the result and one chunk of about 1 M elements, nothing else."""
         header = self._headers[name]
         check_weight(header)
-        stored = np.memmap(
-            header.file, dtype=FLOATING_TYPES[header.dtype], mode="r", offset=header.offset_bytes, shape=header.shape
-        )
+        stored = self._opened[header.file].get_slice(name)
         result: NDArray[Any] = np.empty(
             header.shape[::-1] if transposed else header.shape,
             dtype=np.float16 if header.dtype == "F16" else np.float32,
         )
         bad = 0
-        rows = max(1, _CHUNK_ELEMENTS * header.shape[0] // stored.size)
+        rows = max(1, _CHUNK_ELEMENTS * header.shape[0] // result.size)
         for start in range(0, header.shape[0], rows):
-            chunk: NDArray[Any] = np.asarray(stored[start : start + rows])
-            if header.dtype == "BF16":
-                chunk = (chunk.astype(np.uint32) << 16).view(np.float32)
+            chunk: NDArray[Any] = stored[start : min(start + rows, header.shape[0])].astype(result.dtype, copy=False)
             bad += chunk.size - int(np.count_nonzero(np.isfinite(chunk)))
             if transposed:
                 result[:, start : start + rows] = chunk.T
@@ -144,7 +140,7 @@ def check_finite(header: TensorHeader, bad: int) -> None:
 
 
 def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
-    """The safetensors files of ``directory`` that count, and the index (tensor name to file name; empty without one)."""
+    """The safetensors files of ``directory`` that count, and the index: tensor name to file name, empty without."""
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
         index_file = indices[0]
@@ -173,30 +169,24 @@ def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]
     return ((whole,) if whole in files else tuple(files)), {}
 
 
-def _read_headers(file: Path) -> list[TensorHeader]:
-    """The headers in one safetensors file, in the order of their data. Raises ``InputError``."""
+def _open(file: Path) -> Any:
+    """The ``safetensors.safe_open`` of ``file``, which maps it into memory. Raises ``InputError``."""
+    import ml_dtypes  # noqa: F401  # gives numpy the dtype that safetensors names bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(file), framework="np"):
-            pass  # the library checks the header, the offsets and the file's length
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            entries: dict[str, Any] = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+        return safe_open(str(file), framework="np")
+    except (SafetensorError, OSError) as error:
         raise InputError(
             f"{file} is not a whole safetensors file: {' '.join(str(error).split())}; "
             "expected a file as its publisher wrote it (fetch it again)"
         ) from error
-    entries.pop("__metadata__", None)
-    headers = [
-        TensorHeader(
-            name=name,
-            file=file,
-            shape=tuple(entry["shape"]),
-            dtype=entry["dtype"],
-            offset_bytes=8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in entries.items()
+
+
+def _read_headers(file: Path, opened: Any) -> list[TensorHeader]:
+    """The headers in one safetensors file."""
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+    return [
+        TensorHeader(name=name, file=file, shape=tuple(stored.get_shape()), dtype=stored.get_dtype())
+        for name, stored in slices.items()
     ]
-    return sorted(headers, key=lambda header: header.offset_bytes)

@@ -1,12 +1,12 @@
 """Models in the legacy format of llama2.c: one ``.bin`` with a header of seven int32, and a tokenizer ``.bin``.
 
-Source of both layouts: karpathy/llama2.c (``export.py``, ``run.c``, ``tokenizer.py``). A model file holds, in float32 and
-without names: the embedding, then per kind of weight all layers (attention norm, query, key, value, output, feed-forward
-norm, w1 = gate, w2 = down, w3 = up), the final norm, the two rotary tables and, only if the vocabulary size in the header
-is negative, the output head (otherwise it is the embedding).
+Source of both layouts: karpathy/llama2.c (``export.py``, ``run.c``, ``tokenizer.py``). A model file holds, in float32
+and without names: the embedding, then per kind of weight all layers (attention norm, query, key, value, output, feed-
+forward norm, w1 = gate, w2 = down, w3 = up), the final norm, the two rotary tables and, only if the vocabulary size
+in the header is negative, the output head (otherwise it is the embedding).
 
-llama2.c rotates neighbouring pairs of features (0 with 1, 2 with 3, ...), transformers rotates feature i with i + half a
-head. The rows of every query and key head are therefore reordered on reading: even rows first, then odd rows.
+llama2.c rotates neighbouring pairs of features (0 with 1, 2 with 3, ...), transformers rotates feature i with i +
+half a head. The rows of every query and key head are therefore reordered on reading: even rows first, then odd rows.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Llama2cCheckpoint:
         self._tensors = _layout(sizes)
         self._head_size = dim // heads
         self._headers = {
-            name: TensorHeader(name=name, file=file, shape=shape, dtype="F32", offset_bytes=offset)
-            for name, (shape, offset) in self._tensors.items()
+            name: TensorHeader(name=name, file=file, shape=shape, dtype="F32")
+            for name, (shape, _) in self._tensors.items()
         }
         self.config: dict[str, Any] = {
             "architectures": ["LlamaForCausalLM"],
@@ -77,7 +77,8 @@ class Llama2cCheckpoint:
         """As ``Checkpoint.read``; always float32, query and key rows in the order that transformers expects."""
         header = self._headers[name]
         check_weight(header)
-        stored = np.memmap(header.file, dtype="<f4", mode="r", offset=header.offset_bytes, shape=header.shape)
+        offset = self._tensors[name][1]
+        stored = np.memmap(header.file, dtype="<f4", mode="r", offset=offset, shape=header.shape)
         values = np.array(stored, dtype=np.float32)
         check_finite(header, values.size - int(np.count_nonzero(np.isfinite(values))))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -93,7 +94,7 @@ def is_model(file: Path) -> bool:
 
 
 def _read_header(file: Path) -> tuple[int, int, int, int, int, int, int] | None:
-    """The seven sizes (dim, hidden, layers, heads, key-value heads, vocabulary, context), None if ``file`` is another."""
+    """Dim, hidden, layers, heads, key-value heads, vocabulary and context; None if ``file`` is something else."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(_HEADER.size)
@@ -150,9 +151,9 @@ def _layout(sizes: tuple[int, int, int, int, int, int, int]) -> dict[str, tuple[
 class Llama2cTokenizer:
     """The tokenizer of llama2.c: byte-pair encoding that merges the pair with the best score first.
 
-    ``pieces`` and ``scores``: one entry per token. Tokens 0 to 2 are special (1 begins a sequence), 3 to 258 are the 256
-    bytes, the others are pieces of text. A space is put before a text that is not empty; a character without a piece
-    becomes its UTF-8 bytes; of two merges with the same score the left one goes first.
+    ``pieces`` and ``scores``: one entry per token. Tokens 0 to 2 are special (1 begins a sequence), 3 to 258 are the
+    256 bytes, the others are pieces of text. A space is put before a text that is not empty; a character without a
+    piece becomes its UTF-8 bytes; of two merges with the same score the left one goes first.
     """
 
     begin_of_sequence: int | None = BEGIN_OF_SEQUENCE
@@ -206,6 +207,10 @@ class Llama2cTokenizer:
             tokens=np.array(merged, dtype=np.int64), end_bytes=np.cumsum(np.array(lengths, dtype=np.int64)) - 1
         )
 
+    def _text(self, token: int) -> bytes:
+        """The bytes of text that a token stands for."""
+        return self.pieces[token] if token >= _FIRST_PIECE else bytes([token - _FIRST_BYTE_TOKEN])
+
     def _merge(self, tokens: list[int]) -> list[int]:
         """Merge neighbours until no pair is a piece. A heap of candidates; those that no longer exist are skipped."""
         alive: list[int | None] = list(tokens)
@@ -219,7 +224,7 @@ class Llama2cTokenizer:
             first, second = alive[left], alive[following[left]]
             if first is None or second is None:  # never: ``left`` and its follower are alive
                 return
-            merged = self._token.get(self._bytes(first) + self._bytes(second))
+            merged = self._token.get(self._text(first) + self._text(second))
             if merged is not None:
                 heapq.heappush(candidates, (-self._scores[merged], left, first, second, merged))
 

@@ -1,6 +1,7 @@
 """Quantize a weight matrix to a format, and back; and the error that this makes.
 
-``quantize`` holds, beside the matrix and its packed form, one block of widened rows (see ``grid.WEIGHTS_AT_ONCE``). Every family's arithmetic stands in the module of its processing element.
+``quantize`` holds, beside the matrix and its packed form, one block of widened rows (see ``grid.WEIGHTS_AT_ONCE``).
+Every family's arithmetic stands in the module of its processing element.
 """
 
 from __future__ import annotations

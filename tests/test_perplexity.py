@@ -1,0 +1,162 @@
+"""Perplexity: the printed figures of real models, and equality with transformers' own loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.models import Model, open_model
+from termwise.algorithms.perplexity import Evaluator, perplexity
+from termwise.algorithms.text import held_out_text, read_text, text_of
+
+
+def save_small_model(folder: Path, *, tied: bool) -> Model:
+    """A random Llama of 2 layers with a context of 16 and a tokenizer of bytes; token 0 begins a sequence."""
+    torch.manual_seed(2)
+    configuration = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(configuration).save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return open_model(folder)
+
+
+TEXT = text_of("words", ["a short one", "x", "another document, which is longer than the window of sixteen tokens"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_the_loss_of_transformers_window_by_window(tmp_path: Path, tied: bool) -> None:
+    model = save_small_model(tmp_path, tied=tied)
+    found = perplexity(model, TEXT)
+    module = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    total, count = 0.0, 0
+    for document in TEXT.documents:
+        tokens = [0, *tokenizer.encode(document).ids]
+        for start in range(0, len(tokens), 16):
+            window = torch.tensor([tokens[start : start + 16]])
+            if window.shape[1] > 1:
+                with torch.inference_mode():
+                    loss = module(input_ids=window, labels=window).loss
+                total += float(loss) * (window.shape[1] - 1)
+                count += window.shape[1] - 1
+    assert found.predicted_tokens == count
+    # float32 sums of a few hundred terms in another order: 300 × 2**-24 < 2e-5 relatively
+    assert found.per_token == pytest.approx(math.exp(total / count), rel=2e-5)
+
+
+def test_bytes_are_those_that_are_predicted(tmp_path: Path) -> None:
+    found = perplexity(save_small_model(tmp_path, tied=False), TEXT)
+    windows = [-(-(len(document) + 1) // 16) for document in TEXT.documents]
+    assert found.predicted_bytes == sum(map(len, TEXT.documents)) - sum(count - 1 for count in windows)
+    assert found.predicted_bytes == found.predicted_tokens  # one byte is one token here
+
+
+def test_beginnings_only_drops_what_does_not_fit(tmp_path: Path) -> None:
+    text = text_of("words", TEXT.documents, beginnings_only=True)
+    found = perplexity(save_small_model(tmp_path, tied=False), text)
+    assert found.predicted_tokens == sum(min(15, len(document)) for document in TEXT.documents)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_replacing_by_the_same_changes_nothing_and_restoring_undoes(tmp_path: Path, tied: bool) -> None:
+    model = save_small_model(tmp_path, tied=tied)
+    evaluator = Evaluator(model, TEXT)
+    before = evaluator.perplexity()
+    for name, weights in model.matrices():
+        evaluator.replace(name, weights.astype(np.float32))
+    assert evaluator.perplexity() == before
+    for name, weights in model.matrices():
+        evaluator.replace(name, np.zeros(weights.shape, np.float32))
+    # all logits are zero: every token of the vocabulary is equally likely
+    assert evaluator.perplexity().per_token == pytest.approx(257, rel=1e-5)
+    evaluator.restore()
+    assert evaluator.perplexity() == before
+
+
+def test_a_tied_head_is_replaced_alone(tmp_path: Path) -> None:
+    evaluator = Evaluator(save_small_model(tmp_path, tied=True), TEXT)
+    embedding = evaluator._module.get_input_embeddings().weight.clone()
+    evaluator.replace("lm_head", np.zeros((257, 32), np.float32))
+    assert torch.equal(evaluator._module.get_input_embeddings().weight, embedding)
+
+
+def test_a_model_that_cannot_be_run_is_refused(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path, tied=False)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        perplexity(model, TEXT)
+
+
+def test_a_text_without_a_token_to_predict_is_refused(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path, tied=False)
+    with pytest.raises(InputError, match="no token that"):
+        perplexity(model, text_of("nothing", []))
+
+
+class TestTexts:
+    def test_separators_make_documents(self, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text(" one\n<|endoftext|>\n\n<|endoftext|>two", encoding="utf-8")
+        text = read_text(tmp_path / "t.txt")
+        assert text.documents == ("one", "two")
+        assert text.beginnings_only
+
+    def test_without_separators_it_is_one_document(self, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text("one\n\ntwo", encoding="utf-8")
+        assert read_text(tmp_path / "t.txt").documents == ("one\n\ntwo",)
+        assert not read_text(tmp_path / "t.txt").beginnings_only
+
+    @pytest.mark.parametrize(
+        ("content", "message"), [(b"", "is empty"), (b" \n<|endoftext|> ", "is empty"), (b"a\xff", "UTF-8 at byte 1")]
+    )
+    def test_bad_files_are_refused(self, tmp_path: Path, content: bytes, message: str) -> None:
+        (tmp_path / "t.txt").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path / "t.txt")
+
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="No such file"):
+            read_text(tmp_path / "t.txt")
+
+    def test_the_held_out_text_is_of_the_size_that_was_meant(self) -> None:
+        assert 30_000 < sum(map(len, held_out_text().documents)) < 120_000
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "text", "perplexity_printed", "digits", "tokens"),
+    [
+        ("tinystories-656k", "tinystories_eval_clean", 24.136, 3, 31_974),
+        ("stories260k", "tinystories_eval_clean", 4.404, 3, 62_335),
+        ("stories260k", "tinystories_v2_sample", 3.55, 2, None),
+    ],
+)
+def test_printed_perplexities_come_out(
+    shared: Path, name: str, text: str, perplexity_printed: float, digits: int, tokens: int | None
+) -> None:
+    """The figures of the models' PROVENANCE.txt, to every printed digit."""
+    found = perplexity(
+        open_model(shared / "models" / name), read_text(shared / "text" / "tinystories-text" / f"{text}.txt")
+    )
+    assert round(found.per_token, digits) == perplexity_printed
+    assert tokens is None or found.predicted_tokens == tokens
