@@ -7,7 +7,7 @@ pipe or a file they take the width that they need, so that no cell is cut.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -44,24 +44,28 @@ def progress(items: Iterable[Item], *, total: int, label: str, unit: str) -> Ite
     yield from tqdm(items, total=total, desc=label, unit=unit, file=sys.stderr, disable=None, leave=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | Collection[int] = 1
+) -> None:
     """A table on standard output.
 
     Args:
         title: line above the table.
         columns: headings.
         rows: cells as text, as many per row as there are columns.
-        left: how many columns, from the first, are names (aligned left); the others are numbers (aligned right).
+        left: the columns of text (aligned left), by number, or how many there are from the first; the others are
+            numbers (aligned right).
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    aligned_left = range(left) if isinstance(left, int) else left
     console = Console(file=sys.stdout, highlight=False)
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(columns):
-        table.add_column(Text(heading), justify="left" if index < left else "right", overflow="fold")
+        table.add_column(Text(heading), justify="left" if index in aligned_left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     if console.is_terminal:

@@ -142,6 +142,8 @@ def front_line(points: Sequence[Point], horizontal: Axis, vertical: Axis) -> lis
 
 def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], obstacles: Any) -> None:
     """Write each label (x, y, text, colour) beside its point, where it covers the least of points and other labels."""
+    from matplotlib.text import Text
+
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # the Agg canvas has one
     frame = axes.get_window_extent(renderer)
     pixels_per_point = figure.dpi / 72
@@ -173,7 +175,7 @@ def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, floa
             )
             box = note.get_window_extent(renderer)
             # The extent of an annotation covers its arrow; the text alone is what must not be covered.
-            text_box = type(note).__mro__[1].get_window_extent(note, renderer) if note.arrow_patch else box
+            text_box = Text.get_window_extent(note, renderer) if note.arrow_patch else box
             left, bottom, right, top = text_box.x0 - 2, text_box.y0 - 1, text_box.x1 + 2, text_box.y1 + 1
             covered = sum(
                 max(0.0, min(right, other[2]) - max(left, other[0]))
@@ -293,7 +295,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     shown = [point for model, phase in panels for point in drawn_points(results, model, phase)]
     colours = format_colours(list(dict.fromkeys(point.format for point in shown)))
     markers = accelerator_markers(list(dict.fromkeys(point.accelerator for point in shown)))
-    settings = {
+    settings: Any = {
         "font.family": ["DejaVu Sans"],
         "svg.hashsalt": "termwise",
         "svg.fonttype": "path",
@@ -318,10 +320,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             points = drawn_points(results, model, phase)
             vertical = accuracy_axis(results, model)
             for axes, horizontal in zip(row, (LATENCY, ENERGY), strict=True):
-                places = [
-                    (horizontal.value(point) or 0.0, vertical.value(point) or 0.0)
-                    for point in points
-                ]
+                places = [(horizontal.value(point) or 0.0, vertical.value(point) or 0.0) for point in points]
                 labels = [
                     (
                         horizontal.value(point) or 0.0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.resources
+import importlib.util
 import json
 import math
 import platform
@@ -82,7 +82,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: package_version(name) for name in REPORTED_PACKAGES}
 
 
-def _source_files(folder: Any, prefix: str) -> Iterable[tuple[str, bytes]]:
+def _source_files(folder: Path, prefix: str) -> Iterable[tuple[str, bytes]]:
     """Name and content of every Python and TOML file below an importable folder."""
     for entry in folder.iterdir():
         name = f"{prefix}/{entry.name}"
@@ -98,11 +98,14 @@ def source_digest(*packages: str) -> str:
     """Digest of the source code of importable packages or modules, for example ``termwise.algorithms``."""
     total = hashlib.sha256()
     for package in packages:
-        try:
-            files = sorted(_source_files(importlib.resources.files(package), package))
-        except (NotADirectoryError, TypeError):
-            parent, _, stem = package.rpartition(".")
-            files = [(package, (importlib.resources.files(parent) / f"{stem}.py").read_bytes())]
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise ValueError(f"{package} has no source code to take a digest of")
+        origin = Path(found.origin)
+        if found.submodule_search_locations is None:
+            files = [(package, origin.read_bytes())]
+        else:
+            files = sorted(_source_files(origin.parent, package))
         for name, content in files:
             total.update(f"{name}\0{len(content)}\0".encode())
             total.update(content)

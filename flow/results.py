@@ -20,6 +20,9 @@ from termwise.flow.records import Record, RecordStore, to_json
 RUN_VERSION: Final = 1
 """Raised when the content of ``run.json`` changes its meaning."""
 
+ENERGY_PARTS: Final = ("pe_energy_uj", "sram_energy_uj", "dram_energy_uj")
+"""The parts that a point's energy is the sum of, as the simulator names them."""
+
 AccuracyMeasure = Literal["perplexity", "sqnr_db"]
 
 
@@ -42,9 +45,8 @@ class SweptModel:
         reference: as the user named it.
         name: what the model is called in results.
         digest: of its weights and configuration; None for a shape without weights.
-        text: name of the text that the perplexity is about; None where there is none.
+        text: name of the text that the perplexity is about; None for a known shape.
         text_digest: of that text.
-        no_perplexity: why there is no perplexity; None where there is one.
     """
 
     reference: str
@@ -52,7 +54,6 @@ class SweptModel:
     digest: str | None
     text: str | None
     text_digest: str | None
-    no_perplexity: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,9 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{path} is not JSON: {error}; run the sweep again, its records are kept") from error
     try:
         if document["run_version"] != RUN_VERSION:
-            raise InputError(f"{path} has version {document['run_version']!r}; expected {RUN_VERSION}: run the sweep again")
+            raise InputError(
+                f"{path} has version {document['run_version']!r}; expected {RUN_VERSION}: run the sweep again"
+            )
         return Run(
             **document
             | {
@@ -94,7 +97,9 @@ def read_run(folder: Path) -> Run:
             }
         )
     except (TypeError, KeyError) as error:
-        raise InputError(f"{path} does not describe a run ({error}); run the sweep again, its records are kept") from error
+        raise InputError(
+            f"{path} does not describe a run ({error}); run the sweep again, its records are kept"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +107,16 @@ class Point:
     """One computed point.
 
     Attributes:
-        perplexity: per token; None where the model cannot be run.
+        perplexity: per token; None where there is none.
+        perplexity_reason: why there is none; None where there is one.
         sqnr_db: signal to quantization noise of all weights; None where the format is exact or there are no weights.
         mean_squared_error: of all weights; None where there are no weights.
         bits_per_weight: counted from the packed bytes of all layers.
         latency_cycles, latency_ms, energy_uj: of the phase, for the whole batch.
-        energy_split_uj: the energy by part, in the order of the simulator.
+        energy_split_uj: the energy by part, see ``ENERGY_PARTS``.
         traffic_bytes: to and from DRAM.
+        notes: what the simulator says of this point in particular.
+        digest: names its record.
         pareto: no point of the same model and phase is better in accuracy, latency and energy together.
         pareto_latency: the same for accuracy and latency only.
         pareto_energy: the same for accuracy and energy only.
@@ -119,6 +127,7 @@ class Point:
     accelerator: str
     phase: str
     perplexity: float | None
+    perplexity_reason: str | None
     sqnr_db: float | None
     mean_squared_error: float | None
     bits_per_weight: float
@@ -128,6 +137,7 @@ class Point:
     energy_split_uj: Mapping[str, float]
     traffic_bytes: int | None
     digest: str
+    notes: tuple[str, ...] = ()
     pareto: bool = False
     pareto_latency: bool = False
     pareto_energy: bool = False
@@ -167,7 +177,6 @@ class Results:
     failed: tuple[Unavailable, ...]
     missing: tuple[Unavailable, ...]
     versions: Mapping[str, str | None]
-    not_modelled: tuple[str, ...] = ()
 
     def accuracy_measure(self, model: str) -> AccuracyMeasure | None:
         """What the accuracy of a model's points is: perplexity, else the error of its weights, else nothing."""
@@ -205,25 +214,20 @@ def with_fronts(points: Sequence[Point]) -> tuple[Point, ...]:
         latency = pareto_front([costs(place, points[place].latency_ms) for place in places])
         energy = pareto_front([costs(place, points[place].energy_uj) for place in places])
         for place, in_both, in_latency, in_energy in zip(places, both, latency, energy, strict=True):
-            marked[place] = replace(
-                points[place], pareto=in_both, pareto_latency=in_latency, pareto_energy=in_energy
-            )
+            marked[place] = replace(points[place], pareto=in_both, pareto_latency=in_latency, pareto_energy=in_energy)
     return tuple(marked)
 
 
 def _point(planned: PlannedPoint, outputs: Mapping[str, Any]) -> Point:
     """The computed point of a finished record."""
-    split = {
-        key: float(value)
-        for key, value in outputs.items()
-        if key.endswith("_energy_uj") and isinstance(value, int | float)
-    }
+    split = {part: float(outputs[part]) for part in ENERGY_PARTS}
     return Point(
         model=planned.model,
         format=planned.format,
         accelerator=planned.accelerator,
         phase=planned.phase,
         perplexity=outputs["perplexity"],
+        perplexity_reason=outputs["perplexity_reason"],
         sqnr_db=outputs["sqnr_db"],
         mean_squared_error=outputs["mse"],
         bits_per_weight=outputs["bits_per_weight"],
@@ -233,6 +237,7 @@ def _point(planned: PlannedPoint, outputs: Mapping[str, Any]) -> Point:
         energy_split_uj=split,
         traffic_bytes=outputs.get("traffic_bytes"),
         digest=planned.digest,
+        notes=tuple(outputs.get("notes", ())),
     )
 
 
