@@ -9,12 +9,12 @@ Modules that a command needs are imported inside it, so that no command pays for
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -49,24 +49,27 @@ def _fail(text: str, status: int) -> NoReturn:
 
 def _close_pipe_quietly() -> NoReturn:
     """The reader of standard output is gone: say nothing, also not when the interpreter flushes at its end."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # standard output is no file, as in a test
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # standard output is no file, as in a test
-        pass
     sys.exit(PIPE_CLOSED)
 
 
 class _Commands(click.Group):
     """The group of commands, with the exit statuses and the one-sentence errors of termwise."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """As ``click.Group.main``; errors end the process with their exit status and a sentence."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
-        if os.environ.get(TRACEBACK_VARIABLE):
-            return super().main(*args, standalone_mode=True, **extra)
+        if not standalone_mode or os.environ.get(TRACEBACK_VARIABLE):
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         try:
-            status = super().main(*args, standalone_mode=False, **extra)
+            status = super().main(args, prog_name, complete_var, False, **extra)
         except click.ClickException as error:
             where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "termwise"
             hint = f" (see {where} --help)" if isinstance(error, click.UsageError) else ""
@@ -98,7 +101,6 @@ class _Commands(click.Group):
             raise
 
 
-_Decorated = Callable[..., Any]
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 _text_option = click.option(
     "--text",
@@ -247,7 +249,7 @@ def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path 
             }
         )
         return
-    _print_quantization(subject, format.name, quality, text)
+    _print_quantization(subject, format.name, quality)
     if reason is None and text is not None:
         console.print_text(
             f"perplexity per token on {text.name}: {console.number(before)} before, {console.number(after)} after"
@@ -262,7 +264,7 @@ def _text_document(text: Text | None) -> dict[str, str] | None:
     return None if text is None else {"name": text.name, "digest": text.digest}
 
 
-def _print_quantization(subject: Subject, format: str, quality: WeightQuality, text: Text | None) -> None:
+def _print_quantization(subject: Subject, format: str, quality: WeightQuality) -> None:
     notes = any(layer.note for layer in quality.layers)
     columns = ["layer", "outputs", "inputs", "bits per weight", "SQNR (dB)", "mean squared error"]
     console.print_table(
@@ -348,7 +350,11 @@ def simulate(
         from termwise.sim.simulate import simulate as simulate_cycles
 
         with _bar(f"{shape.name} on {accelerator.name}", "product") as (begin, advance):
-            begin(0)
+
+            def told(_: int, total: int) -> None:
+                begin(total)
+                advance()
+
             document = simulate_cycles(
                 shape,
                 accelerator,
@@ -356,7 +362,7 @@ def simulate(
                 weights=format,
                 context=context,
                 batch=batch,
-                progress=lambda _, total: (begin(total), advance())[1],  # type: ignore[func-returns-value]
+                progress=told,
             ).to_dict()
     if as_json:
         console.print_json(document)
@@ -364,7 +370,7 @@ def simulate(
         _print_simulation(document)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
     """A progress bar on standard error (a terminal only): set its total, advance it by one."""
     from tqdm import tqdm

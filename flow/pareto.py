@@ -24,7 +24,7 @@ def pareto_front(costs: Sequence[Sequence[float | None]]) -> list[bool]:
     values = np.array(
         [[math.nan if cost is None else float(cost) for cost in point] for point in costs], dtype=np.float64
     )
-    complete: NDArray[np.bool_] = ~np.isnan(values).any(axis=1)
+    complete = np.array([not any(map(math.isnan, point)) for point in values.tolist()], dtype=np.bool_)
     front = np.zeros(len(values), dtype=np.bool_)
     # Points in lexicographic order: no point is dominated by a later one, so the front found so far decides.
     order = np.lexsort(values.T[::-1])

@@ -168,6 +168,15 @@ def _skipped_by_reason(results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def _notes(results: Results) -> list[str]:
+    """What the simulator says of points, each sentence once, with the accelerators and phases that it is about."""
+    found: dict[str, dict[str, None]] = {}
+    for point in results.points:
+        for note in point.notes:
+            found.setdefault(note, {})[f"{point.accelerator} in {point.phase}"] = None
+    return [f"{', '.join(places)}: {note}" for note, places in found.items()]
+
+
 def _common(results: Results) -> dict[str, Any]:
     """What both templates show."""
     no_perplexity = {
@@ -180,7 +189,7 @@ def _common(results: Results) -> dict[str, Any]:
         "results": results,
         "skipped": _skipped_by_reason(results),
         "not_modelled": NOT_MODELLED,
-        "notes": list(dict.fromkeys(note for point in results.points for note in point.notes)),
+        "notes": _notes(results),
         "accuracy": [
             {
                 "model": model.name,
