@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 def pareto_front(costs: Sequence[Sequence[float | None]]) -> list[bool]:
