@@ -192,14 +192,6 @@ def _workbench(reference: str, text_path: str | None, model_digest: str, text_di
     return Workbench(model, text)
 
 
-def _open_workbench(subject: Subject) -> Workbench:
-    """The workbench of a model with weights."""
-    swept = subject.swept
-    assert swept.digest is not None
-    assert swept.text_digest is not None
-    return _workbench(swept.reference, subject.text_path, swept.digest, swept.text_digest)
-
-
 def describe(error: Exception) -> str:
     """An exception as a record keeps it: a sentence of ours as it is, any other with its type."""
     if isinstance(error, TermwiseError):
@@ -207,34 +199,69 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _measure(task: Task) -> tuple[str, dict[str, Any] | None, str | None]:
-    """Measure the quality of a task: its digest, and the outputs or what failed. Runs in any process."""
+@dataclass(frozen=True, kw_only=True)
+class _Measurement:
+    """One quality to measure, small enough to send to another process; ``shape`` in place of a model's weights."""
+
+    digest: str
+    format: str
+    reference: str
+    text_path: str | None
+    model_digest: str | None
+    text_digest: str | None
+    shape: ModelShape | None
+
+    @classmethod
+    def of(cls, task: Task) -> _Measurement:
+        """The measurement that a task needs."""
+        swept = task.subject.swept
+        return cls(
+            digest=task.quality_digest,
+            format=task.format,
+            reference=swept.reference,
+            text_path=task.subject.text_path,
+            model_digest=swept.digest,
+            text_digest=swept.text_digest,
+            shape=task.subject.known_shape,
+        )
+
+    def workbench(self) -> Workbench:
+        """The model and its text, in memory."""
+        assert self.model_digest is not None
+        assert self.text_digest is not None
+        return _workbench(self.reference, self.text_path, self.model_digest, self.text_digest)
+
+
+_Measured = tuple[str, dict[str, Any] | None, str | None]
+"""Digest of a quality, its outputs, and what failed where there are none."""
+
+
+def _measure(measurement: _Measurement) -> _Measured:
+    """Measure one quality, in whatever process."""
     try:
-        format = get_format(task.format)
-        if task.subject.known_shape is not None:
-            return task.quality_digest, outputs_of_shape(task.subject.known_shape, format), None
-        return task.quality_digest, outputs_of(_open_workbench(task.subject).measure(format)), None
+        format = get_format(measurement.format)
+        if measurement.shape is not None:
+            return measurement.digest, outputs_of_shape(measurement.shape, format), None
+        return measurement.digest, outputs_of(measurement.workbench().measure(format)), None
     except Exception as error:  # recorded as failed; the sweep goes on
-        return task.quality_digest, None, describe(error)
+        return measurement.digest, None, describe(error)
 
 
-def _measured(tasks: Sequence[Task], workers: int) -> Iterator[tuple[str, dict[str, Any] | None, str | None]]:
-    """The qualities of ``tasks`` in the order in which they are ready."""
-    if workers == 1 or len(tasks) == 1:
-        yield from map(_measure, tasks)
+def _measured(measurements: Sequence[_Measurement], workers: int) -> Iterator[_Measured]:
+    """The qualities, in the order in which they are ready."""
+    if workers == 1 or len(measurements) <= 1:
+        yield from map(_measure, measurements)
         return
     from joblib import Parallel, delayed
 
-    open_tasks = {task.quality_digest: task for task in tasks}
+    missing = {measurement.digest for measurement in measurements}
     try:
-        results = Parallel(n_jobs=min(workers, len(tasks)), return_as="generator_unordered")(
-            delayed(_measure)(task) for task in tasks
-        )
-        for result in results:
-            del open_tasks[result[0]]
+        parallel = Parallel(n_jobs=min(workers, len(measurements)), return_as="generator_unordered")
+        for result in parallel(delayed(_measure)(measurement) for measurement in measurements):
+            missing.discard(result[0])
             yield result
-    except (OSError, RuntimeError) as error:  # a worker was killed, for example for want of memory
-        for digest in open_tasks:
+    except (OSError, RuntimeError) as error:  # a process was killed, for example for want of memory
+        for digest in missing:
             yield digest, None, describe(error)
 
 
@@ -279,13 +306,13 @@ class _Recorder:
 
 def _check_models(pending: Iterable[Task], qualities: Mapping[str, Record]) -> None:
     """Read the weights and texts that will be needed, so that bad ones end the sweep before it writes anything."""
-    subjects = {
-        task.subject.swept.reference: task.subject
+    needed = {
+        task.subject.swept.reference: task
         for task in pending
         if task.subject.model is not None and task.quality_digest not in qualities
     }
-    for subject in subjects.values():
-        workbench = _open_workbench(subject)
+    for task in needed.values():
+        workbench = _Measurement.of(task).workbench()
         workbench.check_weights()
         workbench.evaluator()
 
@@ -339,6 +366,8 @@ def run_sweep(
     recorder = _Recorder(store=store, command=command, specification_digest=specification.digest)
     try:
         _check_models(pending, qualities)
+        if workers > 1:
+            _workbench.cache_clear()  # the workers hold models of their own
         write_run(folder, run)
         _compute(pending, qualities, specification, recorder, progress, workers)
     except KeyboardInterrupt as error:
@@ -376,7 +405,7 @@ def _compute(
     for digest, record in qualities.items():
         for task, simulated in waiting.pop(digest, []):
             recorder.point(task, status="done", outputs={**record.outputs, **simulated})
-    needed = [points[0][0] for points in waiting.values()]
+    needed = [_Measurement.of(points[0][0]) for points in waiting.values()]
     measured = _measured(needed, workers)
     for digest, outputs, error in progress(measured, total=len(needed), label="measuring quality", unit="format"):
         points = waiting[digest]
