@@ -352,6 +352,12 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
+    experts = next((name for name, parameter in parameters.items() if parameter.ndim == 3), None)
+    if experts is not None:
+        raise InputError(
+            f"{location}: {experts} of {kind.__name__} holds several matrices in one parameter (a mixture of experts); "
+            "expected linear layers of their own"
+        )
     tensors: dict[str, str] = {}
     missing = []
     for name, parameter in parameters.items():

@@ -53,4 +53,5 @@ def read_text(path: Path) -> Text:
 
 def held_out_text() -> Text:
     """Python's own documentation, the topics that ``tiny`` was not trained on, from the Python that runs this."""
-    return text_of("held-out topics of pydoc", corpus.held_out_documents())
+    documents = tuple(corpus.held_out_documents())
+    return Text(name="held-out topics of pydoc", documents=documents, digest=corpus.digest(documents))

@@ -134,6 +134,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert len(model.matrix_names) == 15
 
 
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    configuration = transformers.MixtralConfig(
+        **COMMON, intermediate_size=64, num_key_value_heads=2, num_local_experts=2
+    )
+    transformers.MixtralForCausalLM(configuration).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="mixture of experts"):
+        open_model(tmp_path).matrix_names  # noqa: B018
+
+
 def test_an_encoder_is_not_runnable(tmp_path: Path) -> None:
     build("bert").save_pretrained(tmp_path)
     assert open_model(tmp_path).not_runnable_reason == "BertModel has no causal language-model head"

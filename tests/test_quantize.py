@@ -174,6 +174,22 @@ def test_close_errors_are_decided_exactly() -> None:
     np.testing.assert_array_equal(chosen, expected)
 
 
+@pytest.mark.parametrize("name", ["bitmod-w4", "bitmod-w3", "ant-w4"])
+@pytest.mark.parametrize("spread", ["none", "between rows", "within a row", "few values"])
+def test_float32_weights_of_any_size_are_decided_exactly(name: str, spread: str) -> None:
+    random = np.random.default_rng(5)
+    weights = random.standard_normal((100, 16)).astype(np.float32)
+    if spread == "between rows":
+        weights *= np.exp2(random.integers(-120, 60, (100, 1))).astype(np.float32)
+    elif spread == "within a row":
+        weights *= np.exp2(random.integers(-30, 0, (100, 16))).astype(np.float32)
+    elif spread == "few values":
+        weights = np.round(weights * 4) / 4 * np.float32(1e-30)
+    datatypes = get_format(name).datatypes
+    chosen, _ = grid.choose(weights, 16, datatypes, grid.Tables(datatypes))
+    assert chosen[:, 0].tolist() == [grid.choose_exactly(row.tolist(), datatypes) for row in weights]
+
+
 def test_an_exact_tie_of_special_values_takes_the_first() -> None:
     """+5 and -5 gain the same here, so extra resolution + is chosen over extra resolution -."""
     weights = np.array([[6, 5, -5, 4, -4, 3, -3, 2, -2, 1.5, -1.5, 0.5]], dtype=np.float16)
