@@ -280,6 +280,26 @@ def _decode(
                 decoded[row, column] = np.float32(levels[candidate, codes[row, column]] * scale)
 
 
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _widen(halves: NDArray[np.uint16], bits: NDArray[np.uint32], values: NDArray[np.float32]) -> int:
+    """Widen FP16 numbers, given as their bits [rows, columns], to float32; returns how many are NaN or infinite.
+
+    ``bits`` is a view of ``values``. Exponent and significand move to their places in a float32, whose exponent is
+    biased by 112 more: a multiplication by 2**112 makes up for that, exactly, for subnormal numbers as well.
+    """
+    bad = 0
+    for row in prange(halves.shape[0]):
+        for column in range(halves.shape[1]):
+            half = np.uint32(halves[row, column])
+            bad += (half & np.uint32(0x7C00)) == np.uint32(0x7C00)
+            bits[row, column] = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(
+                13
+            )
+        for column in range(halves.shape[1]):
+            values[row, column] *= np.float32(2.0**112)
+    return bad
+
+
 def squared_errors(weights: Sequence[float], datatypes: Sequence[DataType]) -> list[Fraction]:
     """Exact squared error of one group of weights on each data type, scaled to the group's largest magnitude.
 
@@ -385,8 +405,12 @@ def row_blocks(weights: Weights) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     at_once = max(1, WEIGHTS_AT_ONCE // weights.shape[1])
     for start in range(0, weights.shape[0], at_once):
         rows = slice(start, min(start + at_once, weights.shape[0]))
-        block = np.ascontiguousarray(weights[rows], dtype=np.float32)
-        bad = block.size - int(np.count_nonzero(np.isfinite(block)))
+        if weights.dtype == np.float16:
+            block = np.empty(weights[rows].shape, dtype=np.float32)
+            bad = int(_widen(weights[rows].view(np.uint16), block.view(np.uint32), block))
+        else:
+            block = np.ascontiguousarray(weights[rows], dtype=np.float32)
+            bad = block.size - int(np.count_nonzero(np.isfinite(block)))
         if bad:
             raise InputError(
                 f"{bad} NaN or infinite weights in rows {rows.start} to {rows.stop - 1}; expected finite ones"

@@ -301,6 +301,16 @@ def test_errors_are_those_of_the_published_quantizers(name: str) -> None:
     assert quantization_error(weights, tensor).sqnr_db == pytest.approx(PUBLISHED_DB[name], abs=0.1)
 
 
+def test_all_half_precision_numbers_are_widened_exactly() -> None:
+    """All 65,536 of them against numpy's conversion; 2 × 1024 are infinite or NaN."""
+    every = np.arange(1 << 16, dtype=np.uint16).reshape(64, 1024)
+    wide = np.empty(every.shape, dtype=np.float32)
+    assert grid._widen(every, wide.view(np.uint32), wide) == 2048
+    expected = every.view(np.float16).astype(np.float32)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(wide[finite].view(np.uint32), expected[finite].view(np.uint32))
+
+
 def test_nothing_lost_is_an_infinite_ratio() -> None:
     weights = heavy_tailed(4, 64, seed=1)
     assert quantization_error(weights, quantize(weights, get_format("fp16"))).sqnr_db == np.inf
