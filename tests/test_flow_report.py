@@ -138,7 +138,7 @@ def test_the_first_line_is_the_command_and_every_point_has_a_row(tmp_path: Path)
     text = write_report(results, tmp_path).report.read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[0] == f"`{results.run.command}`"
-    assert sum(line.startswith(("| first |", "| se\\<cond |")) for line in lines) == len(results.points) + 1 + 2
+    assert sum(line.startswith(("| first |", "| se\\<cond |")) for line in lines) == len(results.points) + 1
     assert "too \\<wide> \\| really" in text
     assert all(sentence in text for sentence in NOT_MODELLED)
     assert "bitmod-lossy in prefill, bitmod-lossy in decode: a note \\| of the simulator" in text
