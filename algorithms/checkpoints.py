@@ -72,6 +72,7 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self.files, index = _files_and_index(directory)
         self._headers: dict[str, TensorHeader] = {}
         self._opened: dict[Path, Any] = {}
@@ -89,6 +90,10 @@ class SafetensorsCheckpoint:
                 raise InputError(
                     f"{directory / shard} lacks the tensor {name!r}; the index of the checkpoint names it there"
                 )
+
+    def __reduce__(self) -> tuple[type[SafetensorsCheckpoint], tuple[Path]]:
+        """Another process opens the files anew: what holds them open cannot be sent."""
+        return SafetensorsCheckpoint, (self._directory,)
 
     @property
     def headers(self) -> Mapping[str, TensorHeader]:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms import llama2c
-from termwise.algorithms.checkpoints import FLOATING_TYPES, Checkpoint, SafetensorsCheckpoint, read_json
+from termwise.algorithms.checkpoints import Checkpoint, SafetensorsCheckpoint, read_json
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.shapes import KNOWN_SHAPES, AttentionShape, LinearShape, ModelShape
 from termwise.algorithms.tokenization import TOKENIZER_FILES, HuggingFaceTokenizer, Tokenizer, has_tokenizer
@@ -39,6 +39,8 @@ Matrix = NDArray[np.float16] | NDArray[np.float32]
 
 TINY = "tiny"
 _EMBEDDING = re.compile(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)([._]|$)")
+_FETCHED = ["*.json", "*.safetensors", *TOKENIZER_FILES]
+_NOT_FETCHED = ["*/*", "consolidated*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -62,14 +64,15 @@ class Structure:
     """What the architecture says of a checkpoint.
 
     ``linears`` in the order of execution; ``head`` is the one that makes the logits; ``embedding`` is the tensor of the
-    input embedding, which the head may share. ``missing`` are tensors that the
-    architecture needs and the checkpoint lacks. ``causal`` says that the architecture predicts the next token.
+    input embedding, which the head may share. ``parameters`` are the tensors that the architecture takes, ``missing``
+    those that it needs and the checkpoint lacks. ``causal`` says that the architecture predicts the next token.
     """
 
     linears: tuple[Linear, ...]
     head: str | None
     embedding: str | None
     attention: AttentionShape | None
+    parameters: tuple[str, ...]
     missing: tuple[str, ...]
     causal: bool
     architecture: str
@@ -182,18 +185,22 @@ class Model:
 
         with _quiet_transformers():
             config = _configuration(self.config, self.location)
-            state = {
-                name: torch.from_numpy(self.checkpoint.read(name)).float()
-                for name, header in self.checkpoint.headers.items()
-                if header.dtype in FLOATING_TYPES  # what is not, such as a mask, is no parameter
-            }
-            module = _class_of(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+            # Older checkpoints also hold masks and tables, which the architecture makes itself.
+            state = {name: torch.from_numpy(self.checkpoint.read(name)).float() for name in self.structure.parameters}
+            module, report = _class_of(config).from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            )
+        if report["missing_keys"]:
+            missing = min(report["missing_keys"])
+            raise InputError(f"{self.location}: transformers finds no tensor for {missing} in the checkpoint")
         return module.eval()
 
 
 def open_model(reference: str | Path) -> Model:
     """The model that ``reference`` names (see the module). Raises ``InputError`` with what was expected."""
     text = str(reference)
+    if not text:
+        raise InputError("the model has an empty name; expected a directory, a Hugging Face id or 'tiny'")
     path = Path(text).expanduser()
     if text == TINY and not path.is_dir():
         directory = Path(str(files("termwise.algorithms.tiny") / "model"))
@@ -220,7 +227,7 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+        return Path(snapshot_download(name, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # no network, no such repository, no permission: many kinds of exception
         reason = " ".join(str(error).split())[:160]
         raise InputError(
@@ -230,12 +237,17 @@ def _fetch(name: str) -> Path:
 
 def _open_directory(directory: Path, name: str) -> Model:
     """A directory in Hugging Face format, of matrices, or with one llama2.c file."""
+    if not any(directory.glob("*.safetensors*")):
+        found = [path for path in sorted(directory.glob("*.bin")) if path.is_file() and llama2c.is_model(path)]
+        if len(found) == 1:
+            return _open_llama2c(found[0], name)
+        if found:
+            some = ", ".join(path.name for path in found)
+            raise InputError(
+                f"{directory} holds {len(found)} llama2.c models ({some}); expected the path of one of them"
+            )
     config_file = directory / "config.json"
     if not config_file.is_file():
-        if not any(directory.glob("*.safetensors")):
-            found = [path for path in sorted(directory.glob("*.bin")) if llama2c.is_model(path)]
-            if len(found) == 1:
-                return _open_llama2c(found[0], name)
         checkpoint = SafetensorsCheckpoint(directory)
         return Model(name, directory, checkpoint, None, checkpoint.files)
     checkpoint = SafetensorsCheckpoint(directory)
@@ -276,6 +288,7 @@ def _set_of_matrices(checkpoint: Checkpoint, location: Path) -> Structure:
         head=None,
         embedding=None,
         attention=None,
+        parameters=(),
         missing=(),
         causal=False,
         architecture="a set of matrices",
@@ -352,7 +365,7 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
-    experts = next((name for name, parameter in parameters.items() if parameter.ndim == 3), None)
+    experts = next((name for name, parameter in parameters.items() if parameter.ndim == 3 and "expert" in name), None)
     if experts is not None:
         raise InputError(
             f"{location}: {experts} of {kind.__name__} holds several matrices in one parameter (a mixture of experts); "
@@ -391,13 +404,16 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
     if not linears:  # the names are not those of the architecture
         matrices = _set_of_matrices(checkpoint, location)
         return replace(matrices, missing=tuple(missing), architecture=kind.__name__)
+    _check_layers(checkpoint, set(tensors.values()), location)
     paths = {id(layer): name for name, layer in module.named_modules()}
     embedding = paths.get(id(module.get_input_embeddings()))
+    head = paths.get(id(module.get_output_embeddings()))
     return Structure(
         linears=tuple(linears),
-        head=paths.get(id(module.get_output_embeddings())),
+        head=head if any(linear.name == head for linear in linears) else None,
         embedding=tensors.get(f"{embedding}.weight"),
         attention=_attention(configuration),
+        parameters=tuple(dict.fromkeys(tensors.values())),
         missing=tuple(missing),
         causal=kind.__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         and configuration.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -414,8 +430,25 @@ def _tensor_of(aliases: list[str], name: str, prefix: str, checkpoint: Checkpoin
     return None
 
 
+def _check_layers(checkpoint: Checkpoint, used: set[str], location: Path) -> None:
+    """Raise ``InputError`` if the checkpoint has a further layer of a kind that the architecture has fewer of."""
+    kinds = {re.sub(r"\d+", "#", name) for name in used}
+    for name, header in checkpoint.headers.items():
+        kind = re.sub(r"\d+", "#", name)
+        if name not in used and kind in kinds and len(header.shape) == 2:
+            raise InputError(f"{location}: config.json has too few layers for the tensor {name!r} of the checkpoint")
+
+
 def _attention(configuration: Any) -> AttentionShape | None:
-    """The attention that a configuration describes, None where it has no heads."""
+    """The attention that a configuration describes, None where it has no heads, or more than one kind of attention.
+
+    Decoders that attend to an encoder, latent attention, and heads shared by another rule than ``num_key_value_heads``
+    are of such kinds.
+    """
+    if getattr(configuration, "is_encoder_decoder", False):
+        return None
+    if any(hasattr(configuration, key) for key in ("kv_lora_rank", "multi_query")):
+        return None
     heads = getattr(configuration, "num_attention_heads", None)
     layers = getattr(configuration, "num_hidden_layers", None)
     hidden = getattr(configuration, "hidden_size", None)

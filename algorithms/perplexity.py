@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from termwise.algorithms.errors import InputError
+from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.models import Model
 from termwise.algorithms.text import Text
 
@@ -30,7 +30,10 @@ _LOGITS_AT_ONCE = 1 << 25
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """A result, with the sums that it was made of. Negative log likelihood is in nats."""
+    """A result, with the sums that it was made of. Negative log likelihood is in nats.
+
+    ``per_token`` is infinite where the exponential leaves the range of a float64.
+    """
 
     per_token: float
     bits_per_byte: float
@@ -47,6 +50,7 @@ class Evaluator:
     """
 
     def __init__(self, model: Model, text: Text) -> None:
+        self._name, self._text_name = model.name, text.name
         self._module: Any = model.load()
         self._transposed = {linear.name: linear.transposed for linear in model.structure.linears}
         self._original: dict[str, Any] = {}
@@ -56,6 +60,13 @@ class Evaluator:
         if not self._windows:
             raise InputError(
                 f"the text {text.name} has no token that {model.name} could predict; expected a longer one"
+            )
+        largest = max(int(window.max()) for window in self._windows)
+        rows = int(self._module.get_input_embeddings().num_embeddings)
+        if largest >= rows:
+            raise InputError(
+                f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
+                "expected the tokenizer that belongs to the model"
             )
 
     def replace(self, name: str, weights: NDArray[np.float32]) -> None:
@@ -77,7 +88,10 @@ class Evaluator:
         self._original.clear()
 
     def perplexity(self, progress: Callable[[int, int], None] | None = None) -> Perplexity:
-        """Perplexity with the weights that are in place; ``progress`` is told tokens done and tokens in all."""
+        """Perplexity with the weights that are in place; ``progress`` is told tokens done and tokens in all.
+
+        Raises ``TermwiseError`` when the model's output is NaN, as it is with weights that overflow it.
+        """
         import torch
 
         total = sum(window.size for window in self._windows)
@@ -95,8 +109,14 @@ class Evaluator:
                 done += int((tokens != PADDING).sum())
                 if progress is not None:
                     progress(done, total)
+        if math.isnan(likelihood):
+            raise TermwiseError(f"the output of {self._name} on {self._text_name} is NaN with the weights in place")
+        try:
+            per_token = math.exp(likelihood / predicted)
+        except OverflowError:
+            per_token = math.inf
         return Perplexity(
-            per_token=math.exp(likelihood / predicted),
+            per_token=per_token,
             bits_per_byte=likelihood / math.log(2) / self._bytes,
             predicted_tokens=predicted,
             predicted_bytes=self._bytes,

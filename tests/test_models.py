@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,31 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert len(model.matrix_names) == 15
 
 
+def test_a_head_that_is_missing_is_not_named(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_torch(tensors, tmp_path / "model.safetensors")
+    assert open_model(tmp_path).shape.head is None
+
+
+def test_attention_is_unknown_where_one_shape_does_not_describe_it(tmp_path: Path) -> None:
+    configuration = transformers.T5Config(vocab_size=48, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    transformers.T5ForConditionalGeneration(configuration).save_pretrained(tmp_path)
+    assert open_model(tmp_path).shape.attention is None
+
+
+def test_a_model_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    sent = pickle.loads(pickle.dumps(model))
+    assert sent.shape == model.shape
+    assert sent.digest == model.digest
+    for (name, weights), (name_sent, weights_sent) in zip(model.matrices(), sent.matrices(), strict=True):
+        assert name == name_sent
+        np.testing.assert_array_equal(weights, weights_sent)
+
+
 def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     configuration = transformers.MixtralConfig(
         **COMMON, intermediate_size=64, num_key_value_heads=2, num_local_experts=2
@@ -221,6 +247,21 @@ class TestBadInput:
         build("llama").save_pretrained(tmp_path, max_shard_size="20KB")
         sorted(tmp_path.glob("model-*.safetensors"))[0].unlink()
         assert "names 1 missing shard" in self.refusal(tmp_path)
+
+    def test_a_config_with_fewer_layers_than_the_checkpoint(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] = 1
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "too few layers for the tensor 'model.layers.1." in self.refusal(folder)
+
+    @pytest.mark.shared
+    def test_two_llama2c_models_in_one_folder(self, shared: Path, tmp_path: Path) -> None:
+        content = (shared / "models" / "stories260k" / "stories260K.bin").read_bytes()
+        for name in ("a.bin", "b.bin"):
+            (tmp_path / name).write_bytes(content)
+        assert "holds 2 llama2.c models (a.bin, b.bin)" in self.refusal(tmp_path)
+        (tmp_path / "b.bin").write_bytes(content[:-4])  # shorter than its header says: no model
+        assert open_model(tmp_path).location == tmp_path / "a.bin"
 
     def test_integer_weights(self, tmp_path: Path) -> None:
         save_file({"a.weight": np.ones((4, 4), np.int8)}, tmp_path / "x.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from termwise.algorithms.errors import InputError
+from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.models import Model, open_model
 from termwise.algorithms.perplexity import Evaluator, perplexity
 from termwise.algorithms.text import held_out_text, read_text, text_of
@@ -114,6 +116,56 @@ def test_a_text_without_a_token_to_predict_is_refused(tmp_path: Path) -> None:
         perplexity(model, text_of("nothing", []))
 
 
+def test_masks_in_an_older_checkpoint_are_not_read(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path, tied=False)
+    expected = perplexity(model, TEXT)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.masked_bias"] = torch.tensor(-1e9)
+    tensors["model.layers.1.self_attn.masked_bias"] = torch.tensor([-math.inf], dtype=torch.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert perplexity(open_model(tmp_path), TEXT) == expected
+
+
+def test_weights_that_destroy_the_model_give_infinity_or_an_error_and_no_number(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path, tied=False)
+    assert perplexity(model, TEXT, replace=lambda name, weights: weights * np.float32(1e5)).per_token == math.inf
+    with pytest.raises(TermwiseError, match="is NaN"):
+        perplexity(model, TEXT, replace=lambda name, weights: weights * np.float32(1e30))
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path, tied=False)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="gives token 300, and the model has 257 embeddings"):
+        perplexity(model, TEXT)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi", "bloom"])
+def test_filling_up_short_windows_changes_no_family(family: str, tmp_path: Path) -> None:
+    """A batch of windows of several lengths gives the sum that the windows give one at a time."""
+    save_small_model(tmp_path, tied=False)
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    # Large random weights: with small ones every prediction is about uniform, whatever the model sees.
+    scale = {"init_std" if family == "opt" else "initializer_range": 0.3}
+    if family == "opt":
+        sizes |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    if family != "bloom":
+        sizes["max_position_embeddings"] = 64
+    configuration = transformers.AutoConfig.for_model(family, **sizes, **special, **scale)
+    torch.manual_seed(4)
+    transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    parts = [part for part in TEXT.documents if len(part) > 1] + ["xyz"]
+    together = perplexity(model, text_of("all", parts)).negative_log_likelihood
+    alone = sum(perplexity(model, text_of("one", [part])).negative_log_likelihood for part in parts)
+    # Every log likelihood is about ln 257 = 5.5, whose float32 has a spacing of 5e-7; the order of the sums inside the
+    # model differs between batches by a few of those, and 1e-5 of 5.5 is a hundred.
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
 class TestTexts:
     def test_separators_make_documents(self, tmp_path: Path) -> None:
         (tmp_path / "t.txt").write_text(" one\n<|endoftext|>\n\n<|endoftext|>two", encoding="utf-8")
@@ -160,3 +212,29 @@ def test_printed_perplexities_come_out(
     )
     assert round(found.per_token, digits) == perplexity_printed
     assert tokens is None or found.predicted_tokens == tokens
+
+
+@pytest.mark.shared
+def test_the_printed_perplexity_of_the_second_model_is_of_ascii_text(shared: Path) -> None:
+    """The printed 18.46 comes out without the text's curly quotes; with them it is 20.41."""
+    text = read_text(shared / "text" / "tinystories-text" / "tinystories_v2_sample.txt")
+    ascii_text = text_of("ascii", [part.encode("ascii", "ignore").decode() for part in text.documents])
+    assert round(perplexity(open_model(shared / "models" / "tinystories-656k"), ascii_text).per_token, 2) == 18.46
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("name", "printed"), [("tinystories-656k", 1.136), ("stories260k", 1.070)])
+def test_bits_per_byte_of_the_real_models(shared: Path, name: str, printed: float) -> None:
+    """The first is printed in the model's PROVENANCE.txt.
+
+    The second is printed there as 1.044, whose divisor is 127,707 bytes: each of the 589 line ends counted as the six
+    characters of its token's name, ``<0x0A>``, and each document's leading space counted, too (177). It is
+    127,707 - 5 * 589 - 177 = 124,585 bytes of text.
+    """
+    found = perplexity(
+        open_model(shared / "models" / name),
+        read_text(shared / "text" / "tinystories-text" / "tinystories_eval_clean.txt"),
+    )
+    assert round(found.bits_per_byte, 3) == printed
+    if name == "stories260k":
+        assert found.predicted_bytes == 127_707 - 5 * 589 - 177
