@@ -201,14 +201,16 @@ def _levels(levels: Sequence[float]) -> str:
 def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path | None, as_json: bool) -> None:
     """Quantize MODEL: error of every layer, bits per weight, perplexity before and after."""
     from termwise.algorithms.formats import get_format
+    from termwise.flow.folders import check_new_folder
+    from termwise.flow.quality import evaluate_format
     from termwise.flow.subject import NO_WEIGHTS, open_subject, open_text
 
     format = get_format(format_name)
     subject = open_subject(model)
     if subject.model is None:
         raise InputError(f"{model}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; expected a new or empty directory")
+    if out is not None:
+        check_new_folder(out)
     reason = subject.not_runnable_reason
     text = open_text(text_file) if reason is None or text_file is not None else None
     evaluator = None
@@ -220,8 +222,6 @@ def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path 
         evaluator = Evaluator(subject.model, text)
         before = evaluator.perplexity().per_token
     kept: dict[str, QuantizedTensor] = {}
-    from termwise.flow.quality import evaluate_format
-
     total = len(subject.model.matrix_names)
     quality, after, failure = evaluate_format(
         subject.model,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -140,25 +141,73 @@ def front_line(points: Sequence[Point], horizontal: Axis, vertical: Axis) -> lis
     return sorted(members, key=lambda point: (horizontal.value(point) or 0.0, vertical.value(point) or 0.0))
 
 
-def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], obstacles: Any) -> None:
-    """Write each label (x, y, text, colour) beside its point, where it covers the least of points and other labels."""
+def _leader_boxes(
+    point: Sequence[float], box: tuple[float, float, float, float]
+) -> list[tuple[float, float, float, float]]:
+    """Small boxes (left, bottom, right, top, in pixels) along the line from a point to its label."""
+    x, y = point
+    end = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    steps = max(2, int(math.hypot(end[0] - x, end[1] - y) / 6))
+    places = [(x + (end[0] - x) * step / steps, y + (end[1] - y) * step / steps) for step in range(steps)]
+    return [(left - 1, bottom - 1, left + 1, bottom + 1) for left, bottom in places]
+
+
+def _overlap(box: tuple[float, float, float, float], others: Sequence[tuple[float, float, float, float]]) -> float:
+    """Area that a box shares with others, in square pixels."""
+    return sum(
+        max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+        * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+        for other in others
+    )
+
+
+def _meetings(
+    boxes: Sequence[tuple[float, float, float, float]], others: Sequence[tuple[float, float, float, float]]
+) -> int:
+    """How many pairs of a box and another (left, bottom, right, top) overlap."""
+    return sum(
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for box in boxes
+        for other in others
+    )
+
+
+def _place_labels(
+    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], obstacles: Any, front: Any
+) -> None:
+    """Write each label (x, y, text, colour) beside its point, where it covers the least of everything else.
+
+    ``obstacles`` are the points, ``front`` the corners of the front: [points, 2] and [members, 2], in pixels.
+    """
+    from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # the Agg canvas has one
     frame = axes.get_window_extent(renderer)
     pixels_per_point = figure.dpi / 72
     marker = 5.5 * pixels_per_point
-    taken: list[tuple[float, float, float, float]] = [
+    markers: list[tuple[float, float, float, float]] = [
         (x - marker, y - marker, x + marker, y + marker) for x, y in obstacles
     ]
+    lines: list[tuple[float, float, float, float]] = []
+    for (x_from, y_from), (x_to, y_to) in pairwise(front):  # the steps of the front: across, then down
+        for start, end in (((x_from, y_from), (x_to, y_from)), ((x_to, y_from), (x_to, y_to))):
+            lines += _leader_boxes(start, (*end, *end))
     directions = [
         (dx * reach, dy * reach)
-        for reach in (1.0, 1.8, 2.8, 4.0)
-        for dx, dy in ((1, 1), (1, 0), (-1, 1), (0, 1.2), (1, -1), (-1, -1), (-1, 0), (0, -1.2))
+        for reach in (1.0, 1.8, 2.8, 4.0, 5.5, 7.5)
+        for dx, dy in (
+            *((1, 1), (1, 0), (-1, 1), (0, 1.2), (1, -1), (-1, -1), (-1, 0), (0, -1.2)),
+            *((1, 1.7), (1, -1.7), (2, 1), (2, -1), (-1, 1.7), (-1, -1.7)),
+        )
     ]
+    labelled: list[tuple[float, float, float, float]] = []
     for x, y, text, colour in labels:
+        best_leader: list[tuple[float, float, float, float]] = []
         best: tuple[float, Any, tuple[float, float, float, float]] | None = None
         for rank, (dx, dy) in enumerate(directions):
+            # The leader begins at the corner of the label that is nearest to the point.
+            near = ((1 - (dx > 0) + (dx < 0)) / 2, (1 - (dy > 0) + (dy < 0)) / 2)
             note = axes.annotate(
                 text,
                 (x, y),
@@ -168,33 +217,36 @@ def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, floa
                 va="bottom" if dy > 0 else "top" if dy < 0 else "center",
                 fontsize=7.5,
                 color=colour,
-                arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+                arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": near}
                 if max(abs(dx), abs(dy)) > 1.5
                 else None,
                 zorder=5,
+                path_effects=[withStroke(linewidth=2.2, foreground="white")],
             )
             box = note.get_window_extent(renderer)
             # The extent of an annotation covers its arrow; the text alone is what must not be covered.
             text_box = Text.get_window_extent(note, renderer) if note.arrow_patch else box
             left, bottom, right, top = text_box.x0 - 2, text_box.y0 - 1, text_box.x1 + 2, text_box.y1 + 1
-            covered = sum(
-                max(0.0, min(right, other[2]) - max(left, other[0]))
-                * max(0.0, min(top, other[3]) - max(bottom, other[1]))
-                for other in taken
-            )
+            covered = 3 * _overlap((left, bottom, right, top), markers)
+            covered += 20 * _overlap((left, bottom, right, top), labelled)
+            leader = _leader_boxes(axes.transData.transform((x, y)).tolist(), (left, bottom, right, top))
+            # A leader must not run through a label, nor a label lie on a leader or on the front.
+            covered += 60 * _meetings([(left, bottom, right, top)], lines) + 400 * _meetings(leader[1:], labelled)
             outside = max(0.0, frame.x0 - left) + max(0.0, right - frame.x1)
             outside += max(0.0, frame.y0 - bottom) + max(0.0, top - frame.y1)
-            cost = covered + 200 * outside + 2 * rank
+            cost = covered + 200 * outside + 6 * rank
             if best is None or cost < best[0]:
                 if best is not None:
                     best[1].remove()
                 best = (cost, note, (left, bottom, right, top))
+                best_leader = leader
             else:
                 note.remove()
             if covered == 0 and outside == 0:
                 break
         if best is not None:
-            taken.append(best[2])
+            lines += best_leader
+            labelled.append(best[2])
 
 
 def _draw_panel(
@@ -242,7 +294,7 @@ def _draw_panel(
             linestyle="none",
             zorder=4 if member else 3,
         )
-    axes.margins(x=0.12, y=0.14)
+    axes.margins(x=0.12, y=0.2)
     if vertical.reversed:
         axes.invert_yaxis()
 
@@ -302,7 +354,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "axes.unicode_minus": True,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(12.4, 0.5 + 3.9 * len(panels)), dpi=150, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(12.4, 0.5 + 4.6 * len(panels)), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 2, squeeze=False)
         for row, (model, phase) in zip(grid, panels, strict=True):
@@ -330,7 +382,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
                     )
                     for point in front_line(points, horizontal, vertical)
                 ]
-                _place_labels(figure, axes, labels, axes.transData.transform(places))
+                corners = [(x, y) for x, y, _, _ in labels]
+                _place_labels(
+                    figure,
+                    axes,
+                    labels,
+                    axes.transData.transform(places),
+                    axes.transData.transform(corners).tolist() if corners else [],
+                )
         written = []
         for name, metadata in (("pareto.png", {"Software": None}), ("pareto.svg", {"Date": None, "Creator": None})):
             content = BytesIO()

@@ -23,6 +23,7 @@ from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape
 from termwise.algorithms.text import Text
 from termwise.algorithms.workload import check_phase
+from termwise.flow.folders import check_run_folder
 from termwise.flow.quality import check_weights, evaluate_format, packed_bits_per_weight
 from termwise.flow.records import (
     DIGEST_PACKAGES,
@@ -186,24 +187,6 @@ def _combination(
         inputs=inputs,
         skip_reason=unsupported_reason(accelerator, quality.format),
     )
-
-
-def check_run_folder(folder: Path) -> None:
-    """Raise ``InputError`` where ``folder`` is not, and cannot become, the folder of a run. Writes nothing."""
-    try:
-        if not folder.exists():
-            return
-        if not folder.is_dir():
-            raise InputError(f"{folder} is a file; expected a folder for the run, new or of an earlier sweep")
-        names = {entry.name for entry in folder.iterdir()}
-    except OSError as error:
-        raise InputError(f"cannot use {folder} as the folder of a run: {error.strerror or error}") from error
-    strangers = sorted(name for name in names if name != "records" and not name.endswith(".part"))
-    if strangers and "run.json" not in names:
-        raise InputError(
-            f"{folder} holds {strangers[0]} and is not the folder of a run; expected a new folder, or one of an "
-            "earlier sweep"
-        )
 
 
 def run_sweep(

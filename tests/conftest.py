@@ -30,3 +30,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared() -> Path:
     """The folder with real models (``models/``) and texts (``text/``); use it with the mark ``shared``."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Llama of 2 layers, 257 tokens and a context of 64, with a tokenizer of bytes."""
+    import tokenizers
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    torch.manual_seed(3)
+    configuration = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(configuration).save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of two short documents."""
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text("a few words to predict<|endoftext|>and a few more of them", encoding="utf-8")
+    return path
