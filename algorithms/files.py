@@ -23,6 +23,13 @@ def _input_error_on_failure(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _umask() -> int:
+    """The permissions that new files do not get; temporary ones are made for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def make_directory(path: Path) -> None:
     """Create ``path`` and its parents. Raises ``InputError`` where that is refused."""
     with _input_error_on_failure(path):
@@ -42,9 +49,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
+            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -69,7 +74,9 @@ def directory_written_beside(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:
             yield temporary
-            temporary.chmod(0o755)
+            for entry in temporary.rglob("*"):
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~_umask())
+            temporary.chmod(0o777 & ~_umask())
             temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -35,6 +35,7 @@ def write_packed(model: Model, tensors: Mapping[str, QuantizedTensor], format: F
     All packed arrays are in memory at once. Raises ``InputError`` when ``directory`` holds something already or cannot
     be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     replaced = {linear.tensor for linear in model.structure.linears if linear.name in tensors}
@@ -54,7 +55,10 @@ def write_packed(model: Model, tensors: Mapping[str, QuantizedTensor], format: F
         if name not in replaced and header.dtype in FLOATING_TYPES:
             arrays[name] = model.checkpoint.read(name)
     with directory_written_beside(directory) as temporary:
-        save_file(arrays, temporary / WEIGHTS_FILE, metadata={"quantization_config": json.dumps(description)})
+        try:
+            save_file(arrays, temporary / WEIGHTS_FILE, metadata={"quantization_config": json.dumps(description)})
+        except SafetensorError as error:  # the library's own kind, also for a full disk
+            raise InputError(f"cannot write {directory}: {error}; expected a writable place with free space") from error
         if model.config is not None:
             config = {**model.config, "quantization_config": description}
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -48,8 +48,12 @@ def test_a_place_below_a_file_is_told(tmp_path: Path) -> None:
 def test_a_directory_appears_whole(tmp_path: Path) -> None:
     with directory_written_beside(tmp_path / "d") as temporary:
         (temporary / "a").write_text("1")
+        (temporary / "a").chmod(0o600)
         assert not (tmp_path / "d").exists()
     assert (tmp_path / "d" / "a").read_text() == "1"
+    (tmp_path / "as usual").touch()
+    assert (tmp_path / "d" / "a").stat().st_mode == (tmp_path / "as usual").stat().st_mode
+    (tmp_path / "as usual").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 

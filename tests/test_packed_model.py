@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from termwise.algorithms.errors import InputError
@@ -61,6 +62,21 @@ def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
     assert read_packed(tmp_path / "packed")["a"].shape == (4, 8)
     with pytest.raises(InputError):
         open_model(tmp_path / "packed").matrix_names  # noqa: B018
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    (tmp_path / "m").mkdir()
+    save_file({"a.weight": np.ones((4, 8), np.float16)}, tmp_path / "m" / "x.safetensors")
+    model = open_model(tmp_path / "m")
+    format = get_format("int-w4")
+    tensors = {name: quantize(weights, format) for name, weights in model.matrices()}
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(InputError, match=r"cannot write .*packed: .*No space left on device"):
+        write_packed(model, tensors, format, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_what_is_not_packed_is_refused(tmp_path: Path) -> None:
