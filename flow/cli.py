@@ -519,7 +519,7 @@ def _progress(begin: Callable[[int], None], advance: Callable[[], None]) -> Prog
 
 
 def _print_results(results: Any, page: Path, report: Path) -> None:
-    from termwise.flow.report import COLUMNS, cells
+    from termwise.flow.report import COLUMNS, cells, notes
 
     console.print_table(
         results.run.specification["question"],
@@ -529,6 +529,8 @@ def _print_results(results: Any, page: Path, report: Path) -> None:
     )
     if results.skipped:
         console.print_text(f"{len(results.skipped)} combinations skipped, because the PE cannot take the format")
+    for note in notes(results):
+        console.print_text(f"note: {note}")
     if results.failed:
         console.print_text(f"{len(results.failed)} combinations failed")
     if results.missing:

@@ -168,13 +168,20 @@ def _skipped_by_reason(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _notes(results: Results) -> list[str]:
+def notes(results: Results) -> list[str]:
     """What the simulator says of points, each sentence once, with the accelerators and phases that it is about."""
-    found: dict[str, dict[str, None]] = {}
+    phases_by_note: dict[str, dict[str, dict[str, None]]] = {}
     for point in results.points:
         for note in point.notes:
-            found.setdefault(note, {})[f"{point.accelerator} in {point.phase}"] = None
-    return [f"{', '.join(places)}: {note}" for note, places in found.items()]
+            phases_by_note.setdefault(note, {}).setdefault(point.accelerator, {})[point.phase] = None
+    sentences = []
+    for note, phases_by_accelerator in phases_by_note.items():
+        together: dict[str, list[str]] = {}
+        for accelerator, phases in phases_by_accelerator.items():
+            together.setdefault(" and ".join(phases), []).append(accelerator)
+        places = "; ".join(f"{', '.join(names)} in {phases}" for phases, names in together.items())
+        sentences.append(f"{places}: {note}")
+    return sentences
 
 
 def _common(results: Results) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def _common(results: Results) -> dict[str, Any]:
         "results": results,
         "skipped": _skipped_by_reason(results),
         "not_modelled": NOT_MODELLED,
-        "notes": _notes(results),
+        "notes": notes(results),
         "accuracy": [
             {
                 "model": model.name,

@@ -352,8 +352,17 @@ def simulate(
         ),
         pe_utilization=useful / cycles if cycles else 0.0,
         layers=tuple(layers),
-        notes=_notes(shape, accelerator, array.columns, layers),
+        notes=(*_short_groups(shape, weights), *_notes(shape, accelerator, array.columns, layers)),
     )
+
+
+def _short_groups(shape: ModelShape, weights: Format) -> tuple[str, ...]:
+    """That some rows end in a short group, if they do."""
+    short = [linear for linear in shape.linears if weights.short_group(linear.inputs)]
+    if not short:
+        return ()
+    example = f"{weights.short_group(short[0].inputs)} of {weights.group_size} weights in {short[0].name}"
+    return (f"the last group of every row is short in {len(short)} of {len(shape.linears)} linear layers ({example})",)
 
 
 def _notes(shape: ModelShape, accelerator: Accelerator, columns: int, layers: list[LayerSimulation]) -> tuple[str, ...]:

@@ -403,6 +403,16 @@ def test_notes_say_what_to_know(small_shape: ModelShape) -> None:
     assert {layer.operand for layer in result.layers} == {"weight"}
 
 
+def test_short_groups_are_said(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    inputs = {linear.inputs for linear in small_shape.linears}
+    odd = simulate(small_shape, accelerator, phase="decode", weights=get_format("int-w4g48"))
+    assert any(value % 48 for value in inputs)
+    assert any("the last group of every row is short in" in note for note in odd.notes)
+    even = simulate(small_shape, accelerator, phase="decode", weights=get_format("int-w4"))
+    assert not any("short" in note for note in even.notes)
+
+
 def test_progress_counts_the_distinct_products(small_shape: ModelShape) -> None:
     calls: list[tuple[int, int]] = []
     simulate(
