@@ -141,7 +141,7 @@ def test_the_first_line_is_the_command_and_every_point_has_a_row(tmp_path: Path)
     assert sum(line.startswith(("| first |", "| se\\<cond |")) for line in lines) == len(results.points) + 1
     assert "too \\<wide> \\| really" in text
     assert all(sentence in text for sentence in NOT_MODELLED)
-    assert "bitmod-lossy in prefill, bitmod-lossy in decode: a note \\| of the simulator" in text
+    assert "bitmod-lossy in prefill and decode: a note \\| of the simulator" in text
     assert "ab" * 16 in text
     assert "numpy 2.0" in text
     # Every table has the same number of cells in all its rows.
