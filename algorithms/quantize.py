@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from termwise.algorithms import bit_serial, flint, fp16_mac, integer, outlier_victim
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import Family, Format
+from termwise.algorithms.formats import Family, Format, get_format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
 
@@ -82,12 +82,13 @@ class QuantizationError:
     sqnr_db: float
 
 
-def quantize(weights: Weights, format: Format, *, name: str = "weights") -> QuantizedTensor:
-    """Quantize ``weights``, float16 or float32 [outputs, inputs], to ``format``.
+def quantize(weights: Weights, format: Format | str, *, name: str = "weights") -> QuantizedTensor:
+    """Quantize ``weights``, float16 or float32 [outputs, inputs], to ``format`` or to the format of that name.
 
     Raises ``InputError``, which names the tensor ``name``: not a matrix of one of these types, empty, a NaN or an
     infinity in it, or values beyond what the format's scales can express.
     """
+    format = get_format(format) if isinstance(format, str) else format
     if weights.ndim != 2 or 0 in weights.shape:
         raise InputError(f"{name} has the shape {list(weights.shape)}; expected a matrix [outputs, inputs]")
     if weights.dtype not in (np.float16, np.float32):

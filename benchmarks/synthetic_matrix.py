@@ -38,10 +38,10 @@ PUBLISHED_DB = {
 }
 
 
-def heavy_tailed(rows: int, seed: int) -> NDArray[np.float16]:
-    """The synthetic matrix, FP16 [rows, 4096]."""
+def heavy_tailed(rows: int, columns: int, seed: int) -> NDArray[np.float16]:
+    """The synthetic matrix, FP16 [rows, columns]."""
     random = np.random.default_rng(seed)
-    weights = random.standard_t(5, (rows, COLUMNS)) * 0.02
+    weights = random.standard_t(5, (rows, columns)) * 0.02
     outliers = random.random(weights.shape) < 0.001
     count = int(outliers.sum())
     weights[outliers] = random.uniform(10, 30, count) * 0.02 * random.choice([-1, 1], count)
@@ -50,7 +50,7 @@ def heavy_tailed(rows: int, seed: int) -> NDArray[np.float16]:
 
 def measure(rows: int, seed: int) -> list[dict[str, Any]]:
     """SQNR and bits per weight of every format that has a published figure."""
-    weights = heavy_tailed(rows, seed)
+    weights = heavy_tailed(rows, COLUMNS, seed)
     results = []
     for name, published in PUBLISHED_DB.items():
         tensor = quantize(weights, get_format(name))
