@@ -49,7 +49,7 @@ class Tables:
         shared: True where a type has the same divisor as the one before it, so that work on their common levels is
             shared, bool [types].
         common: magnitudes that stand with both signs in a type and in its neighbours of the same divisor, float64
-            [types, width], padded with 0.
+            [types, width], padded with the first of them.
         own: a type's other numerators, float64 [types, width], padded with its first level.
     """
 

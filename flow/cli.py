@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -446,7 +447,7 @@ def _print_simulation(document: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("specification", metavar="SPEC.toml", type=click.Path(path_type=Path))
+@click.argument("specification", metavar="[SPEC.toml]", required=False, type=click.Path(path_type=Path))
 @click.option("--model", "models", multiple=True, metavar="MODEL", help="In place of the models of the specification.")
 @_text_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<name of SPEC>]")
@@ -454,7 +455,7 @@ def _print_simulation(document: dict[str, Any]) -> None:
 @_json_option
 def sweep(
     *,
-    specification: Path,
+    specification: Path | None,
     models: tuple[str, ...],
     text_file: Path | None,
     out: Path | None,
@@ -463,12 +464,17 @@ def sweep(
 ) -> None:
     """Compute every combination that SPEC.toml names, and compare them: table, figures, one HTML page.
 
+    Without SPEC.toml it is the quickstart that ships with termwise: eleven formats on four accelerators.
+
     What is finished is kept: the same command goes on where it was stopped, and computes nothing twice.
     """
     from termwise.flow.report import results_document, write_report
     from termwise.flow.specification import read_specification
     from termwise.flow.sweep import plan_sweep, run_sweep
 
+    named = [] if specification is None else [str(specification)]
+    if specification is None:
+        specification = Path(str(files("termwise.flow") / "quickstart.toml"))
     wanted = read_specification(specification)
     changes: dict[str, Any] = {}
     if models:
@@ -483,7 +489,7 @@ def sweep(
     if out is None:
         suffix = "".join(f"-{subject.name.replace('/', '-')}" for subject in plan.subjects) if models else ""
         out = Path("runs") / f"{specification.stem}{suffix}"
-    command = ["termwise", "sweep", str(specification)]
+    command = ["termwise", "sweep", *named]
     command += [part for model in models for part in ("--model", model)]
     command += ["--text", str(text_file)] if text_file is not None else []
     command += ["--out", str(out)]
@@ -496,7 +502,7 @@ def sweep(
             workers=workers,
             progress=_progress(begin, advance),
         )
-    files = write_report(outcome.results, out)
+    written = write_report(outcome.results, out)
     counts = f"{outcome.computed} results computed, {outcome.reused} reused"
     console.say(counts)
     for failed in outcome.results.failed:
@@ -504,10 +510,10 @@ def sweep(
             _sentence(f"failed: {failed.model}, {failed.format}, {failed.accelerator}, {failed.phase}: {failed.reason}")
         )
     if as_json:
-        document = results_document(outcome.results, files)
+        document = results_document(outcome.results, written)
         console.print_json({**document, "computed": outcome.computed, "reused": outcome.reused})
     else:
-        _print_results(outcome.results, files.page, files.report)
+        _print_results(outcome.results, written.page, written.report)
     if outcome.results.failed:
         sys.exit(1)
 
@@ -548,11 +554,11 @@ def report(*, run: Path, as_json: bool) -> None:
     from termwise.flow.results import collect, read_run
 
     results = collect(run, read_run(run), console.warn)
-    files = write_report(results, run)
+    written = write_report(results, run)
     if as_json:
-        console.print_json(results_document(results, files))
+        console.print_json(results_document(results, written))
     else:
-        _print_results(results, files.page, files.report)
+        _print_results(results, written.page, written.report)
     if results.failed:
         sys.exit(1)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from termwise.flow.cli import main
 from termwise.sim.accelerators import get_accelerator
 from termwise.sim.simulate import simulate
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 FORMATS = ("fp16", "int-w4g16", "bitmod-w3g32", "olive-w4")
 ACCELERATORS = ("fp16", "olive", "bitmod-lossy")
-
 
 FLOAT32 = 1e-5
 """Relative difference of perplexities that the order of float32 sums makes (it depends on where arrays lie)."""
@@ -338,6 +339,19 @@ def test_a_known_shape_needs_no_weights(tmp_path: Path) -> None:
             context=8,
         )
         assert (point["perplexity"], point["sqnr_db"], point["latency_cycles"]) == (None, None, expected.cycles)
+
+
+def test_without_a_specification_it_is_the_quickstart(tmp_path: Path) -> None:
+    document = json.loads(sweep("--model", "opt-125m", "--out", tmp_path / "run").stdout)
+    quickstart = tomllib.loads((REPOSITORY / "sweeps" / "quickstart.toml").read_text(encoding="utf-8"))
+    points = document["points"]
+    assert document["specification"]["formats"] == quickstart["formats"]
+    assert document["command"].startswith("termwise sweep --model opt-125m")
+    assert {point["accelerator"] for point in points} == set(quickstart["accelerators"])
+    for accelerator in quickstart["accelerators"]:
+        for phase in quickstart["phases"]:
+            taken = [p for p in points if (p["accelerator"], p["phase"]) == (accelerator, phase)]
+            assert len(taken) >= 6, f"{accelerator} takes fewer than six formats"
 
 
 def test_the_default_folder_carries_the_model(
