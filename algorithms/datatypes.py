@@ -103,6 +103,16 @@ def _signed(magnitudes: list[int], special: int | None) -> tuple[int | None, ...
     return (*magnitudes, *negatives)
 
 
+def _float_magnitudes(exponent_bits: int, significand_bits: int) -> list[int]:
+    """Non-negative levels by code of a float without infinities or NaN, over its least subnormal number."""
+    codes = range(1 << (exponent_bits + significand_bits))
+    one = 1 << significand_bits
+    return [
+        (one | code % one) << (code // one - 1) if code >= one else code  # normal, or subnormal
+        for code in codes
+    ]
+
+
 def _flint_magnitudes(bits: int) -> list[int]:
     """Levels of the unsigned flint of ``bits`` bits by code (ANT; the leading-one position codes the exponent)."""
     half = 1 << (bits - 1)
@@ -152,7 +162,22 @@ def _define() -> Iterator[DataType]:
                     special={minus_zero: f"special value {value / (1 << fraction_bits):+g} in place of minus zero"},
                     source="BitMoD Table IV",
                 )
-    for bits in (3, 4):
+    for exponent_bits, significand_bits, source in (
+        (2, 2, "BitMoD section III (FP5-E2M2)"),
+        (3, 1, "BitMoD section III (FP5-E3M1)"),
+        (2, 3, "OCP section 5.3.2 (FP6-E2M3)"),
+        (3, 2, "OCP section 5.3.2 (FP6-E3M2)"),
+    ):
+        magnitudes = _float_magnitudes(exponent_bits, significand_bits)
+        yield DataType(
+            name=f"fp{1 + exponent_bits + significand_bits}_e{exponent_bits}m{significand_bits}",
+            bits=1 + exponent_bits + significand_bits,
+            numerators=_signed(magnitudes, None),
+            fraction_bits=(1 << (exponent_bits - 1)) - 2 + significand_bits,
+            special={len(magnitudes): "minus zero: never written"},
+            source=source,
+        )
+    for bits in range(3, 9):
         yield DataType(
             name=f"flint{bits}",
             bits=bits,

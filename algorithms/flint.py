@@ -31,7 +31,7 @@ class FlintSpec:
 
     def cycles_per_step(self, weights: Format) -> int:
         """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
-        if weights.family not in ("int", "ant"):
+        if not reads_integers_and_flint(weights):
             raise UnsupportedFormatError(
                 f"the flint PE (ANT) decodes integer and flint weights; {weights.name} needs another decoder"
             )
@@ -44,6 +44,13 @@ class FlintSpec:
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""
         return weights.bits_per_weight(outputs, inputs)
+
+
+def reads_integers_and_flint(weights: Format) -> bool:
+    """Whether all data types of the format are integers without a zero point, or flint: what ANT's decoder reads."""
+    if weights.family not in ("int", "ant", "type"):
+        return False
+    return all(datatype.integer or datatype.name.startswith("flint") for datatype in weights.datatypes)
 
 
 def quantize(weights: grid.Weights, format: Format) -> Parts:

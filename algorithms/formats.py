@@ -1,11 +1,13 @@
 """Formats: what a user names when a weight matrix is to be quantized, and how many bytes it then takes.
 
-A name is ``FAMILY-wBITS`` with an optional ``gGROUP``: ``bitmod-w4g128``, ``int-asym-w3g64``, ``olive-w4``. Without a
-group, an output channel (a row of the matrix) is one group. ``fp16`` has neither.
+A name is ``FAMILY-wBITS`` with an optional ``gGROUP``: ``bitmod-w4g128``, ``int-asym-w3g64``, ``olive-w4``. In the
+place of a family may stand one data type: ``fp6_e2m3-w6g128``, ``flint4-w4``. Without a group, an output channel (a
+row of the matrix) is one group. ``fp16`` has neither.
 
 | family   | data types of a group                    | kept per group beside the codes                            |
 |----------|------------------------------------------|------------------------------------------------------------|
 | fp16     | IEEE binary16                            | nothing                                                    |
+| type     | the one that is named                    | scale, FP16                                                |
 | int      | symmetric integer                        | scale, FP16                                                |
 | int-asym | unsigned integer minus a zero point      | scale, FP16; zero point, 8 bits                            |
 | bitmod   | one of four special values               | scale, 8 bits under an FP32 scale of the row; type, 2 bits |
@@ -18,14 +20,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from termwise.algorithms.datatypes import DataType, get_datatype
+from termwise.algorithms.datatypes import DataType, datatypes, get_datatype
 from termwise.algorithms.errors import InputError, unknown_name
 
-Family = Literal["fp16", "int", "int-asym", "bitmod", "olive", "ant"]
+Family = Literal["fp16", "type", "int", "int-asym", "bitmod", "olive", "ant"]
 
 WEIGHT_BITS: Mapping[Family, tuple[int, ...]] = MappingProxyType(
     {
@@ -37,9 +39,9 @@ WEIGHT_BITS: Mapping[Family, tuple[int, ...]] = MappingProxyType(
         "ant": (3, 4),
     }
 )
-"""The widths of a weight that each family offers."""
+"""The widths of a weight that each family offers; a family ``type`` has those of its data type."""
 
-_NAME = re.compile(r"(?P<family>int-asym|int|bitmod|olive|ant)-w(?P<bits>[1-9][0-9]*)(?:g(?P<group>[1-9][0-9]*))?")
+_NAME = re.compile(r"(?P<family>[a-z0-9_]+|int-asym)-w(?P<bits>[1-9][0-9]*)(?:g(?P<group>[1-9][0-9]*))?")
 _ITEM_BYTES = {"uint8": 1, "float16": 2, "float32": 4}
 
 
@@ -67,11 +69,13 @@ class Format:
         family: which quantizer (see the module's table).
         weight_bits: bits of one code.
         group_size: inputs that share a scale, counted along the input dimension; None is the whole row.
+        type_name: the one data type of family ``type``; None in any other.
     """
 
     family: Family
     weight_bits: int
     group_size: int | None = None
+    type_name: str | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +83,7 @@ class Format:
         if self.family == "fp16":
             return "fp16"
         group = "" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.family}-w{self.weight_bits}{group}"
+        return f"{self.type_name or self.family}-w{self.weight_bits}{group}"
 
     @cached_property
     def datatypes(self) -> tuple[DataType, ...]:
@@ -90,6 +94,7 @@ class Format:
         bits = self.weight_bits
         names: dict[Family, tuple[str, ...]] = {
             "fp16": (),
+            "type": (self.type_name or "",),
             "int": (f"int{bits}",),
             "int-asym": (f"int{bits + 1}",) if bits < 8 else (),
             "bitmod": tuple(f"bitmod_fp{bits}_{kind}" for kind in ("er_pos", "er_neg", "ea_pos", "ea_neg")),
@@ -156,22 +161,38 @@ def get_format(name: str) -> Format:
     match = _NAME.fullmatch(name)
     if match is None:
         raise unknown_name("format", name, format_names())
-    family: Family = match["family"]  # type: ignore[assignment]  # the pattern admits no other
+    family: Family = match["family"]  # type: ignore[assignment]  # unless it is a data type, or in no table
     bits = int(match["bits"])
-    if bits not in WEIGHT_BITS[family]:
+    type_name = None
+    if family in single_types():
+        family, type_name = "type", match["family"]
+        if bits != get_datatype(type_name).bits:
+            raise InputError(f"format {name!r}: {type_name} has {get_datatype(type_name).bits} bits; got {bits}")
+    elif family not in WEIGHT_BITS or family == "fp16":
+        raise unknown_name("format", name, format_names())
+    elif bits not in WEIGHT_BITS[family]:
         widths = ", ".join(map(str, WEIGHT_BITS[family]))
         raise InputError(f"format {name!r}: {family} has no {bits}-bit weights; expected one of {widths}")
     group = None if match["group"] is None else int(match["group"])
     if family == "olive" and group is not None and group % 2:
         raise InputError(f"format {name!r}: OliVe encodes pairs, so its group must be even; got {group}")
-    return Format(family=family, weight_bits=bits, group_size=group)
+    return Format(family=family, weight_bits=bits, group_size=group, type_name=type_name)
+
+
+@cache
+def single_types() -> tuple[str, ...]:
+    """Data types that a format may name alone: all that have a zero, but the integers, which are a family."""
+    return tuple(
+        name for name, datatype in datatypes().items() if 0 in datatype.sorted_numerators and not datatype.integer
+    )
 
 
 def format_names() -> tuple[str, ...]:
-    """One example of every family and width; other group sizes are named likewise."""
+    """One example of every family and width, and of most data types; other group sizes are named likewise."""
     examples = ["fp16"]
     for family, widths in WEIGHT_BITS.items():
         if family != "fp16":
             group = "" if family == "olive" else "g128"
             examples += [f"{family}-w{bits}{group}" for bits in reversed(widths)]
+    examples += [f"{name}-w{get_datatype(name).bits}g128" for name in single_types() if not name.startswith("bitmod")]
     return tuple(examples)

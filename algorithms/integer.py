@@ -1,6 +1,7 @@
-"""Integer weights: symmetric (``int-w4g128``) and with a zero point (``int-asym-w4g128``).
+"""Weights of one data type: integers, symmetric (``int-w4g128``) or with a zero point (``int-asym-w4g128``), or others.
 
-Symmetric: scale = max |w| / (2**(bits - 1) - 1), codes ± that (BitMoD section III; the most negative code is not used).
+Symmetric: scale = max |w| / max |level|; of an integer 2**(bits - 1) - 1 (BitMoD section III; the most negative code is
+not used). Any other data type with a zero (``fp6_e2m3-w6g128``) is quantized likewise.
 Asymmetric: scale = (max - min) / (2**bits - 1) with 0 inside [min, max], zero point = -min / scale rounded to nearest
 even; the level of a code is (code - zero point) × scale. Scales are FP16, and weights go to the level nearest for the
 FP16 scale that is stored; 24 bits per group for the asymmetric type, as BitMoD section III-C counts them.
@@ -36,7 +37,7 @@ def half_scales(scales: NDArray[np.float64]) -> NDArray[np.float16]:
 
 
 def quantize_symmetric(weights: grid.Weights, format: Format) -> Parts:
-    """``codes`` and ``scales`` of ``weights`` [outputs, inputs] on a symmetric integer grid."""
+    """``codes`` and ``scales`` of ``weights`` [outputs, inputs] on the levels of the format's one data type."""
     parts = empty_parts(weights, format)
     group_size = format.group_size or weights.shape[1]
     tables = grid.Tables(format.datatypes)

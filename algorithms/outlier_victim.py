@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from termwise.algorithms import grid
 from termwise.algorithms.datatypes import get_datatype
+from termwise.algorithms.flint import reads_integers_and_flint
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, half_scales
 from termwise.algorithms.packing import pack, unpack
@@ -55,7 +56,7 @@ class OutlierVictimSpec:
 
     def cycles_per_step(self, weights: Format) -> int:
         """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
-        if weights.family not in ("int", "ant", "olive"):
+        if weights.family != "olive" and not reads_integers_and_flint(weights):
             raise UnsupportedFormatError(
                 "the outlier-victim PE (OliVe) decodes integer, flint and outlier-victim weights; "
                 f"{weights.name} needs another decoder"

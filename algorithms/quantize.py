@@ -26,6 +26,7 @@ _QUANTIZERS: Mapping[
 _QUANTIZERS = MappingProxyType(
     {
         "fp16": (fp16_mac.quantize, fp16_mac.dequantize),
+        "type": (integer.quantize_symmetric, integer.dequantize_symmetric),
         "int": (integer.quantize_symmetric, integer.dequantize_symmetric),
         "int-asym": (integer.quantize_asymmetric, integer.dequantize_asymmetric),
         "bitmod": (bit_serial.quantize, bit_serial.dequantize),

@@ -25,6 +25,9 @@ from termwise.algorithms.quantize import quantization_error, quantize
 
 COLUMNS = 4096
 PUBLISHED_DB = {
+    "fp3_e2m0-w3g128": 8.88,
+    "fp4_e2m1-w4g128": 16.04,
+    "flint4-w4g128": 16.41,
     "int-w3g128": 7.49,
     "int-asym-w3g128": 9.95,
     "ant-w3g128": 8.88,

@@ -7,7 +7,6 @@ equal results the SVG is equal byte for byte.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from termwise.algorithms.files import written_beside
+from termwise.algorithms.formats import Family, get_format
 from termwise.flow.results import Point, Results
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ INK: Final = "#1d2733"
 MUTED: Final = "#5d6b7a"
 GRID: Final = "#e4e8ed"
 
-_FAMILY_COLOURS: Final[Mapping[str, str]] = {
+_FAMILY_COLOURS: Final[Mapping[Family, str]] = {
     "fp16": "#2b2f36",
     "int-asym": "#0a7f83",
     "int": "#1e5bb0",
     "bitmod": "#c9381f",
     "olive": "#5c8a1c",
     "ant": "#8a4fc4",
+    "type": "#b0741a",
 }
-_OTHER_COLOURS: Final = ("#b0741a", "#b83280", "#4a5568", "#0f766e")
 
 MARKERS: Final[Sequence[tuple[str, str, str]]] = (
     ("o", "circle", "●"),
@@ -60,21 +60,20 @@ def _lighter(colour: str, share: float) -> str:
     return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
 
 
-def _family_and_bits(name: str) -> tuple[str, int]:
-    """Family of a format and its bits, read from the name; for the colour only."""
-    match = re.fullmatch(r"(?P<family>.+?)-w(?P<bits>\d+)(?:a\d+)?(?:g\d+)?", name)
-    return (match["family"], int(match["bits"])) if match else (name, 16)
+def _family_and_bits(name: str) -> tuple[Family, int]:
+    """Family of a format and its bits, for the colour; a single data type belongs to the family of all such."""
+    format = get_format(name)
+    return format.family, format.weight_bits
 
 
 def format_colours(formats: Sequence[str]) -> dict[str, str]:
     """Colour of every format: a hue per family, the more bits the darker."""
-    families: dict[str, list[str]] = {}
+    families: dict[Family, list[str]] = {}
     for name in formats:
         families.setdefault(_family_and_bits(name)[0], []).append(name)
     colours = {}
-    others = iter(_OTHER_COLOURS * len(families))
     for family, members in families.items():
-        base = _FAMILY_COLOURS.get(family) or next(others)
+        base = _FAMILY_COLOURS[family]
         ordered = sorted(members, key=lambda name: -_family_and_bits(name)[1])
         for place, name in enumerate(ordered):
             colours[name] = _lighter(base, 0.62 * place / max(len(ordered) - 1, 2))

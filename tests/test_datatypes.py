@@ -70,6 +70,33 @@ def test_fp4_is_the_fp4_of_ml_dtypes_and_gfloat() -> None:
         assert level == gfloat.decode_float(gfloat.formats.format_info_ocp_e2m1, code).fval
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("fp4_e2m1", ml_dtypes.float4_e2m1fn),
+        ("fp6_e2m3", ml_dtypes.float6_e2m3fn),
+        ("fp6_e3m2", ml_dtypes.float6_e3m2fn),
+    ],
+)
+def test_floats_are_those_of_ml_dtypes_on_all_codes(name: str, theirs: type) -> None:
+    ours = get_datatype(name)
+    levels = np.arange(1 << ours.bits, dtype=np.uint8).view(theirs).astype(np.float64)
+    for code, numerator in enumerate(ours.numerators):
+        assert (0.0 if numerator is None else numerator / 2**ours.fraction_bits) == levels[code]
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitudes"),
+    [  # exponent bias 1 and 3, as in FP6; no library has these two
+        ("fp5_e2m2", {0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7}),
+        ("fp5_e3m1", {0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24}),
+        ("flint5", {0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64}),
+    ],
+)
+def test_levels_without_a_library_are_written_out(name: str, magnitudes: set[float]) -> None:
+    assert set(get_datatype(name).levels) == both_signs(magnitudes)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_integers_agree_with_ml_dtypes(bits: int) -> None:
     theirs = getattr(ml_dtypes, f"int{bits}", np.int8)
@@ -129,7 +156,7 @@ def test_signed_digit_weight_is_the_least(value: int) -> None:
 
 def test_an_unknown_type_is_told_with_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'fp4_e2m1'"):
-        get_datatype("fp4_e2m2")
+        get_datatype("fp4_e2m1x")
 
 
 def test_two_codes_for_one_level_are_refused() -> None:

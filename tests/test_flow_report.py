@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from termwise.algorithms.formats import format_names
 from termwise.flow.cli import main
 from termwise.flow.figures import format_colours
 from termwise.flow.report import NOT_MODELLED, results_document, write_report
@@ -131,6 +132,11 @@ def test_the_panels_hold_every_point_with_hover_and_energy_split(tmp_path: Path)
         bars = panel["plots"][2]["traces"]
         totals = [sum(parts) for parts in zip(*(trace["x"] for trace in bars), strict=True)]
         assert sorted(totals) == pytest.approx(sorted(point.energy_uj for point in members))
+
+
+def test_no_two_formats_have_the_same_colour() -> None:
+    colours = format_colours(format_names())
+    assert len(set(colours.values())) == len(format_names())
 
 
 def test_the_first_line_is_the_command_and_every_point_has_a_row(tmp_path: Path) -> None:

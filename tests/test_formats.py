@@ -33,6 +33,7 @@ def test_name_parses_back(format: Format) -> None:
         ("int-w6g128", 6 + 16 / 128),
         ("ant-w4g128", 4 + 17 / 128),
         ("olive-w4", 4 + 16 / 4096 + 8 / 4096**2),
+        ("fp6_e2m3-w6g128", 6 + 16 / 128),
         ("fp16", 16),
     ],
 )
@@ -61,6 +62,9 @@ def test_rows_are_padded_to_bytes(values: int, bits: int, expected: int) -> None
         ("bitmod-w5g128", "bitmod has no 5-bit weights; expected one of 3, 4"),
         ("int-w9g128", "int has no 9-bit weights"),
         ("int-w4g0", "unknown format"),
+        ("fp6_e2m3-w5g128", "fp6_e2m3 has 6 bits; got 5"),
+        ("int4-w4g128", "did you mean 'int-w4g128'"),
+        ("fp16-w16", "unknown format"),
         ("olive-w4g127", "must be even"),
         ("", "unknown format"),
     ],

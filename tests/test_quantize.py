@@ -38,7 +38,16 @@ synthetic_matrix = _benchmark()
 heavy_tailed = synthetic_matrix.heavy_tailed
 
 NAMES = [*format_names(), "bitmod-w4", "bitmod-w3g32", "olive-w4g16", "int-w4", "int-asym-w3g7", "ant-w3g10"]
-GRIDS = ["int-w4g16", "int-w8g16", "int-w3g16", "ant-w4g16", "bitmod-w4g16", "bitmod-w3g16"]
+GRIDS = [
+    "int-w4g16",
+    "fp6_e3m2-w6g16",
+    "flint8-w8g16",
+    "int-w8g16",
+    "int-w3g16",
+    "ant-w4g16",
+    "bitmod-w4g16",
+    "bitmod-w3g16",
+]
 
 WEIGHTS = st.tuples(st.integers(1, 3), st.integers(1, 24)).flatmap(
     lambda shape: arrays.arrays(
