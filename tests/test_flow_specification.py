@@ -45,8 +45,8 @@ def test_layout_and_comments_do_not_change_the_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_specifications_that_ship_are_valid(path: Path) -> None:
-    read_specification(path)
+def test_the_specifications_that_ship_are_valid_and_ask_a_question(path: Path) -> None:
+    assert read_specification(path).question.endswith("?")
 
 
 @pytest.mark.parametrize(
