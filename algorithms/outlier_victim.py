@@ -9,9 +9,9 @@ keeps the left one and pairs over the flattened tensor).
 Normal types int4 (0 .. ±7) with abfloat bias 2 (±12 .. ±96), or flint4 (0 .. ±16) with bias 3 (±24 .. ±192); one
 choice per matrix, by total squared error. An outlier's code is Algorithm 2: the exponent from its leading bit, the
 base rounded to nearest even, clamped to the least and the greatest code. A weight is an outlier when its magnitude
-exceeds the least outlier level (scale × 12 or 24). The paper leaves that threshold open; this one gives the errors of
-the authors' script on the synthetic matrix of reports/formats-on-a-synthetic-matrix (17.53 dB per channel, 19.12 dB
-per group of 128).
+exceeds the least outlier level (scale × 12 or 24). The paper leaves that threshold open; this one comes within 0.1
+dB of the authors' script on the synthetic matrix of reports/formats-on-a-synthetic-matrix, the greatest normal level
+would lose 0.2 to 0.4 dB.
 
 Scale search (per output channel, or per group): x_max = max |mean ± 3 standard deviations|, alpha = x_max × i / 100
 for i = 75, 77, .., 249, scale = alpha / largest normal level, rounded to FP16 as stored; the strictly least squared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -32,14 +33,12 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a random Llama of 2 layers, 257 tokens and a context of 64, with a tokenizer of bytes."""
+def _save_small_llama(folder: Path, *, context: int, tied: bool = False) -> Path:
+    """Write a random Llama of 2 layers and a tokenizer of bytes to ``folder``; token 0 begins a sequence."""
     import tokenizers
     import torch
     import transformers
 
-    folder = tmp_path_factory.mktemp("models") / "small"
     torch.manual_seed(3)
     configuration = transformers.LlamaConfig(
         vocab_size=257,
@@ -48,7 +47,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         initializer_range=0.3,
     )
@@ -59,6 +59,18 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_small_llama() -> Callable[..., Path]:
+    """``save_small_llama(folder, context=16, tied=False)`` writes a small random model that can be run."""
+    return _save_small_llama
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small random model with a context of 64 tokens and a head of its own."""
+    return _save_small_llama(tmp_path_factory.mktemp("models") / "small", context=64)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from termwise.algorithms.datatypes import get_datatype
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import WEIGHT_BITS, Format, format_names, get_format, packed_row_bytes
+from termwise.algorithms.formats import WEIGHT_BITS, Format, format_names, get_format, packed_row_bytes, single_types
 
 FORMATS = st.sampled_from(sorted(WEIGHT_BITS)).flatmap(
     lambda family: st.builds(
@@ -72,6 +73,14 @@ def test_rows_are_padded_to_bytes(values: int, bits: int, expected: int) -> None
 def test_a_wrong_name_is_told_in_one_sentence(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         get_format(name)
+
+
+@pytest.mark.parametrize("name", single_types())
+@pytest.mark.parametrize("group", ["", "g128", "g7"])
+def test_every_data_type_with_a_zero_is_a_format(name: str, group: str) -> None:
+    format = get_format(f"{name}-w{get_datatype(name).bits}{group}")
+    assert format.name == f"{name}-w{get_datatype(name).bits}{group}"
+    assert [datatype.name for datatype in format.datatypes] == [name]
 
 
 def test_every_example_is_a_format() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +20,20 @@ from termwise.algorithms.perplexity import Evaluator, perplexity
 from termwise.algorithms.text import held_out_text, read_text, text_of
 
 
-def save_small_model(folder: Path, *, tied: bool) -> Model:
-    """A random Llama of 2 layers with a context of 16 and a tokenizer of bytes; token 0 begins a sequence."""
-    torch.manual_seed(2)
-    configuration = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        initializer_range=0.3,
-    )
-    transformers.LlamaForCausalLM(configuration).save_pretrained(folder)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return open_model(folder)
+@pytest.fixture
+def small(tmp_path: Path, save_small_llama: Callable[..., Path]) -> Callable[[bool], Model]:
+    """``small(tied)``: a random model with a context of 16 in ``tmp_path``, whose head is tied or not."""
+    return lambda tied: open_model(save_small_llama(tmp_path, context=16, tied=tied))
 
 
 TEXT = text_of("words", ["a short one", "x", "another document, which is longer than the window of sixteen tokens"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_the_loss_of_transformers_window_by_window(tmp_path: Path, tied: bool) -> None:
-    model = save_small_model(tmp_path, tied=tied)
+def test_it_is_the_loss_of_transformers_window_by_window(
+    small: Callable[[bool], Model], tmp_path: Path, tied: bool
+) -> None:
+    model = small(tied)
     found = perplexity(model, TEXT)
     module = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -67,22 +52,22 @@ def test_it_is_the_loss_of_transformers_window_by_window(tmp_path: Path, tied: b
     assert found.per_token == pytest.approx(math.exp(total / count), rel=2e-5)
 
 
-def test_bytes_are_those_that_are_predicted(tmp_path: Path) -> None:
-    found = perplexity(save_small_model(tmp_path, tied=False), TEXT)
+def test_bytes_are_those_that_are_predicted(small: Callable[[bool], Model]) -> None:
+    found = perplexity(small(False), TEXT)
     windows = [-(-(len(document) + 1) // 16) for document in TEXT.documents]
     assert found.predicted_bytes == sum(map(len, TEXT.documents)) - sum(count - 1 for count in windows)
     assert found.predicted_bytes == found.predicted_tokens  # one byte is one token here
 
 
-def test_beginnings_only_drops_what_does_not_fit(tmp_path: Path) -> None:
+def test_beginnings_only_drops_what_does_not_fit(small: Callable[[bool], Model]) -> None:
     text = text_of("words", TEXT.documents, beginnings_only=True)
-    found = perplexity(save_small_model(tmp_path, tied=False), text)
+    found = perplexity(small(False), text)
     assert found.predicted_tokens == sum(min(15, len(document)) for document in TEXT.documents)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_replacing_by_the_same_changes_nothing_and_restoring_undoes(tmp_path: Path, tied: bool) -> None:
-    model = save_small_model(tmp_path, tied=tied)
+def test_replacing_by_the_same_changes_nothing_and_restoring_undoes(small: Callable[[bool], Model], tied: bool) -> None:
+    model = small(tied)
     evaluator = Evaluator(model, TEXT)
     before = evaluator.perplexity()
     for name, weights in model.matrices():
@@ -96,28 +81,28 @@ def test_replacing_by_the_same_changes_nothing_and_restoring_undoes(tmp_path: Pa
     assert evaluator.perplexity() == before
 
 
-def test_a_tied_head_is_replaced_alone(tmp_path: Path) -> None:
-    evaluator = Evaluator(save_small_model(tmp_path, tied=True), TEXT)
+def test_a_tied_head_is_replaced_alone(small: Callable[[bool], Model]) -> None:
+    evaluator = Evaluator(small(True), TEXT)
     embedding = evaluator._module.get_input_embeddings().weight.clone()
     evaluator.replace("lm_head", np.zeros((257, 32), np.float32))
     assert torch.equal(evaluator._module.get_input_embeddings().weight, embedding)
 
 
-def test_a_model_that_cannot_be_run_is_refused(tmp_path: Path) -> None:
-    model = save_small_model(tmp_path, tied=False)
+def test_a_model_that_cannot_be_run_is_refused(small: Callable[[bool], Model], tmp_path: Path) -> None:
+    model = small(False)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="holds no tokenizer"):
         perplexity(model, TEXT)
 
 
-def test_a_text_without_a_token_to_predict_is_refused(tmp_path: Path) -> None:
-    model = save_small_model(tmp_path, tied=False)
+def test_a_text_without_a_token_to_predict_is_refused(small: Callable[[bool], Model]) -> None:
+    model = small(False)
     with pytest.raises(InputError, match="no token that"):
         perplexity(model, text_of("nothing", []))
 
 
-def test_masks_in_an_older_checkpoint_are_not_read(tmp_path: Path) -> None:
-    model = save_small_model(tmp_path, tied=False)
+def test_masks_in_an_older_checkpoint_are_not_read(small: Callable[[bool], Model], tmp_path: Path) -> None:
+    model = small(False)
     expected = perplexity(model, TEXT)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.masked_bias"] = torch.tensor(-1e9)
@@ -126,15 +111,15 @@ def test_masks_in_an_older_checkpoint_are_not_read(tmp_path: Path) -> None:
     assert perplexity(open_model(tmp_path), TEXT) == expected
 
 
-def test_weights_that_destroy_the_model_give_infinity_or_an_error_and_no_number(tmp_path: Path) -> None:
-    model = save_small_model(tmp_path, tied=False)
+def test_weights_that_destroy_the_model_give_infinity_or_an_error_and_no_number(small: Callable[[bool], Model]) -> None:
+    model = small(False)
     assert perplexity(model, TEXT, replace=lambda name, weights: weights * np.float32(1e5)).per_token == math.inf
     with pytest.raises(TermwiseError, match="is NaN"):
         perplexity(model, TEXT, replace=lambda name, weights: weights * np.float32(1e30))
 
 
-def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    model = save_small_model(tmp_path, tied=False)
+def test_the_tokenizer_of_another_model_is_refused(small: Callable[[bool], Model], tmp_path: Path) -> None:
+    model = small(False)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -143,9 +128,11 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "phi", "bloom"])
-def test_filling_up_short_windows_changes_no_family(family: str, tmp_path: Path) -> None:
+def test_filling_up_short_windows_changes_no_family(
+    small: Callable[[bool], Model], family: str, tmp_path: Path
+) -> None:
     """A batch of windows of several lengths gives the sum that the windows give one at a time."""
-    save_small_model(tmp_path, tied=False)
+    small(False)
     sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     # Large random weights: with small ones every prediction is about uniform, whatever the model sees.

@@ -297,7 +297,7 @@ class TestOutlierVictimPairs:
 
 @pytest.mark.parametrize("name", synthetic_matrix.PUBLISHED_DB)
 def test_errors_are_those_of_the_published_quantizers(name: str) -> None:
-    """Within 0.1 dB: the sample of outliers moves the figure by about 0.05 dB (standard deviation over ten seeds)."""
+    """Within 0.1 dB. Over seeds 0 to 9 a figure has a standard deviation of 0.008 to 0.028 dB at this size."""
     weights = heavy_tailed(1024, 4096, seed=0)
     tensor = quantize(weights, get_format(name))
     assert quantization_error(weights, tensor).sqnr_db == pytest.approx(synthetic_matrix.PUBLISHED_DB[name], abs=0.1)
