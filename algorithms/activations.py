@@ -223,11 +223,8 @@ class StaticQuantizer:
     def __call__(self, activations: Float32) -> Float32:
         """Nearest values; see ``ActivationQuantizer``."""
         tokens, channels = activations.shape
-        codes = self.calibrated.format.layout(tokens, channels)["codes"]
-        parts = {
-            **self.calibrated.parts,
-            "scales": np.repeat(self.calibrated.parts["scales"], tokens, axis=0),
-            "codes": np.zeros(codes.shape, dtype=np.uint8),
-        }
-        fixed = QuantizedTensor(format=self.calibrated.format, shape=(tokens, channels), parts=parts)
-        return fixed.round_columns(0, activations)[1]
+        scales = np.repeat(self.calibrated.parts["scales"], tokens, axis=0)
+        fixed = QuantizedTensor(
+            format=self.calibrated.format, shape=(tokens, channels), parts={**self.calibrated.parts, "scales": scales}
+        )
+        return fixed.coder.decode(fixed.coder.encode(np.ascontiguousarray(activations)))[:, :channels]

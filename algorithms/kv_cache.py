@@ -16,7 +16,8 @@ residual of values, too.
 
 Every group is quantized by ``quantize`` exactly as weights are, scales included. A row of its matrix is one token of one
 head, or one group of one channel, and what a format keeps per row (BitMoD: an FP32 scale) is counted for each. Formats
-whose rows depend on each other (OliVe: one normal type per matrix) cannot be written token by token and are refused.
+whose rows depend on each other (OliVe: one normal type per matrix; NVFP4: one FP32 scale; GOBO; ANT without groups)
+cannot be written token by token and are refused.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.quantize import quantize
 
 Axis = Literal["channel", "token"]
-
-_FAMILIES = ("fp16", "type", "int", "int-asym", "bitmod", "ant")
-"""Families that quantize every row of a matrix on its own."""
 
 _RESIDUAL_BYTES = 2
 _SCORES_AT_ONCE = 1 << 23
@@ -67,10 +65,14 @@ class KeyValueCacheFormat:
         for what, format, axis in (("keys", self.keys, self.keys_axis), ("values", self.values, self.values_axis)):
             if axis not in ("channel", "token"):
                 raise InputError(f"KV cache: {what} have the axis {axis!r}; expected channel or token")
-            if format.family not in _FAMILIES:
+            if _rows_depend(format):
                 raise InputError(
-                    f"KV cache: {format.name} has something in common for a whole matrix, which no {what} written "
-                    f"token by token have; expected a format of the families {', '.join(_FAMILIES)}"
+                    f"KV cache: {format.name} keeps something in common for a whole matrix, and {what} are written "
+                    "token by token; expected a format all of whose parts belong to a row, such as int-asym-w4g32"
+                )
+            if format.activation_bits is not None:
+                raise InputError(
+                    f"KV cache: {format.name} names a width of activations; expected {format.weights_only.name}"
                 )
             if axis == "channel" and format.group_size is None:
                 raise InputError(
@@ -117,6 +119,16 @@ def get_cache_format(name: str) -> KeyValueCacheFormat:
         values=get_format(match["values"]),
         keys_axis=_usual_keys_axis(keys) if match["keys_axis"] is None else match["keys_axis"],
         values_axis="token" if match["values_axis"] is None else match["values_axis"],
+    )
+
+
+def _rows_depend(format: Format) -> bool:
+    """Whether what a row of a matrix becomes depends on other rows."""
+    return (
+        format.family == "gobo"
+        or format.type_per_matrix
+        or (format.family in ("type", "int") and format.scale_type == "e4m3")
+        or (format.family != "fp16" and format.groups_along_outputs)
     )
 
 
