@@ -3,15 +3,15 @@
 Activations go through ``quantize`` as weights do, tokens in the place of outputs: the same scales (FP16, or those of
 the block formats), the same ties, the same codes. How a scale is found depends on the family that the weights are of:
 
-| family                    | activations                                            | scale                            |
-|---------------------------|--------------------------------------------------------|----------------------------------|
-| int, int-asym, bitmod,    | symmetric integers                                     | one per token, dynamic:          |
-| one data type             |                                                        | max |x| / (2**(bits - 1) - 1)    |
-| MX (scales in E8M0)       | 4: mxfp4, 6: mxfp6_e2m3, 8: mxfp8_e4m3                 | one per 32 channels, dynamic     |
-| NVFP4 (scales in E4M3)    | nvfp4                                                  | one per 16 channels, dynamic,    |
-|                           |                                                        | under a static one of the tensor |
-| olive                     | outlier-victim pairs along the channels                | one per tensor, static           |
-| ant                       | the integer, flint, or type of ``types`` that fits best | one per tensor, static           |
+| family                                 | activations                              | scale                            |
+|----------------------------------------|------------------------------------------|----------------------------------|
+| int, int-asym, bitmod, one data type   | symmetric integers                       | one per token, dynamic:          |
+|                                        |                                          | greatest / (2**(bits - 1) - 1)    |
+| int, one data type; scales in E8M0: MX | 4: mxfp4, 6: mxfp6_e2m3, 8: mxfp8_e4m3   | one per 32 channels, dynamic     |
+| the same; scales in E4M3: NVFP4        | nvfp4                                    | one per 16 channels, dynamic,    |
+|                                        |                                          | under a static one of the tensor |
+| olive                                  | outlier-victim pairs along the channels  | one per tensor, static           |
+| ant                                    | the type of option ``types`` that fits   | one per tensor, static           |
 
 Dynamic: from the token itself, as it comes. Static: from a text for calibration, read once by the model as it is, and
 fixed from then on (OliVe section 3.4, ANT section IV-C). A bounded random sample of the tokens at each layer's input is
@@ -63,9 +63,7 @@ class InputSample:
 
     def divided_by(self, scales: Float32) -> InputSample:
         """The sample of the inputs divided by positive ``scales``, float32 [channels]."""
-        return replace(
-            self, rows=self.rows / scales, minimum=self.minimum / scales, maximum=self.maximum / scales
-        )
+        return replace(self, rows=self.rows / scales, minimum=self.minimum / scales, maximum=self.maximum / scales)
 
 
 class _Reservoir:
@@ -109,8 +107,8 @@ def sample_inputs(
 ) -> dict[str, InputSample]:
     """A random sample of each linear layer's input, by the layer's name, on the text that ``loaded`` reads.
 
-    At most ``values`` values of a layer (one token at least), of about ``tokens`` tokens that are read (None: all). The
-    same seed draws the same sample. The layers run with the weights that are in place, so this comes before ``replace``.
+    At most ``values`` values of a layer (one token at least), of about ``tokens`` tokens that are read (None: all).
+    The same seed draws the same sample. The layers run with the weights that are in place: sample before ``replace``.
     """
     reservoirs: dict[str, _Reservoir] = {}
 

@@ -67,7 +67,7 @@ class EmbeddingEvaluator(LoadedModel):
     def embeddings(self) -> Float32:
         """Embeddings with the weights that are in place: float32 [documents, channels], each of length 1.
 
-        Raises ``TermwiseError`` when one is NaN or zero.
+        Raises ``TermwiseError`` when one is NaN or zero, or when an input that is to be quantized never came.
         """
         import torch
 
@@ -80,21 +80,23 @@ class EmbeddingEvaluator(LoadedModel):
                     weights[:, 1:] = 0
                 pooled = torch.where(weights > 0, states, 0.0).sum(dim=1) / weights.sum(dim=1)
                 found.update(zip(indices, pooled.numpy(), strict=True))
+        self._check_inputs()
         pooled_rows = np.stack([found[index] for index in range(len(self._documents))])
         lengths = np.linalg.norm(pooled_rows.astype(np.float64), axis=1, keepdims=True)
         if not (np.isfinite(lengths).all() and (lengths > 0).all()):
             raise TermwiseError(
                 f"an embedding by {self._name} of {self._text_name} is NaN, infinite or zero with the weights in place"
             )
-        return (pooled_rows / lengths).astype(np.float32)
+        embeddings: Float32 = (pooled_rows / lengths).astype(np.float32)
+        return embeddings
 
     def cosines(self) -> NDArray[np.float64]:
         """Cosine between each document's embedding with the model's own weights and that with those in place.
 
         float64 [documents]. Raises ``TermwiseError`` as ``embeddings`` does.
         """
-        products = self._reference.astype(np.float64) * self.embeddings()
-        return products.sum(axis=1)
+        products: NDArray[np.float64] = self._reference.astype(np.float64) * self.embeddings()
+        return np.asarray(products.sum(axis=1))
 
     def cosine(self) -> float:
         """Mean of ``cosines``."""

@@ -6,18 +6,18 @@ tokens of one channel do. Without an axis, values are grouped per token, and so 
 keys of a format with groups lie per channel, since keys have outlier channels (KIVI, ICML 2024, arXiv 2402.02750,
 section 3.1).
 
-What a query reads. Keys stand in the cache as the model gives them to its attention, after a rotary embedding. The cache
-is written before it is read: query t reads what is there when tokens 0 .. t are written. A group per token is whole at
-once. Groups per channel begin at token 0; one of g tokens is quantized when its last token is written and never changes
-again, so query t reads tokens 0 .. floor((t + 1) / g) × g - 1 quantized, and the rest, KIVI's residual, in full
-precision (counted as FP16). Nothing that a query reads depends on later tokens, and a whole window is evaluated at once
-with the scores of both. KIVI differs in two points: it quantizes a group after the query that completes it, and keeps a
-residual of values, too.
+What a query reads. Keys stand in the cache as the model gives them to its attention, after a rotary embedding. The
+cache is written before it is read: query t reads what is there when tokens 0 .. t are written. A group per token is
+whole at once. Groups per channel begin at token 0; one of g tokens is quantized when its last token is written and
+never changes again, so query t reads tokens 0 .. floor((t + 1) / g) × g - 1 quantized, and the rest, KIVI's residual,
+in full precision (counted as FP16). Nothing that a query reads depends on later tokens, and a whole window is evaluated
+at once with the scores of both. KIVI differs in two points: it quantizes a group after the query that completes it,
+and keeps a residual of values, too.
 
-Every group is quantized by ``quantize`` exactly as weights are, scales included. A row of its matrix is one token of one
-head, or one group of one channel, and what a format keeps per row (BitMoD: an FP32 scale) is counted for each. Formats
-whose rows depend on each other (OliVe: one normal type per matrix; NVFP4: one FP32 scale; GOBO; ANT without groups)
-cannot be written token by token and are refused.
+Every group is quantized by ``quantize`` exactly as weights are, scales included. A row of its matrix is one token of
+one head, or one group of one channel, and what a format keeps per row (BitMoD: an FP32 scale) is counted for each.
+Formats whose rows depend on each other (OliVe: one normal type per matrix; NVFP4: one FP32 scale; GOBO; ANT without
+groups) cannot be written token by token and are refused.
 """
 
 from __future__ import annotations
@@ -63,8 +63,6 @@ class KeyValueCacheFormat:
 
     def __post_init__(self) -> None:
         for what, format, axis in (("keys", self.keys, self.keys_axis), ("values", self.values, self.values_axis)):
-            if axis not in ("channel", "token"):
-                raise InputError(f"KV cache: {what} have the axis {axis!r}; expected channel or token")
             if _rows_depend(format):
                 raise InputError(
                     f"KV cache: {format.name} keeps something in common for a whole matrix, and {what} are written "
@@ -117,9 +115,19 @@ def get_cache_format(name: str) -> KeyValueCacheFormat:
     return KeyValueCacheFormat(
         keys=keys,
         values=get_format(match["values"]),
-        keys_axis=_usual_keys_axis(keys) if match["keys_axis"] is None else match["keys_axis"],
-        values_axis="token" if match["values_axis"] is None else match["values_axis"],
+        keys_axis=_axis(match["keys_axis"], _usual_keys_axis(keys), name),
+        values_axis=_axis(match["values_axis"], "token", name),
     )
+
+
+def _axis(text: str | None, usual: Axis, name: str) -> Axis:
+    """The axis that a name says, ``usual`` where it says none."""
+    if text is None:
+        return usual
+    axes: dict[str, Axis] = {"channel": "channel", "token": "token"}
+    if text not in axes:
+        raise InputError(f"KV cache {name!r}: a group lies along {text!r}; expected channel or token")
+    return axes[text]
 
 
 def _rows_depend(format: Format) -> bool:
@@ -281,9 +289,9 @@ def _attend(*arguments: Any, **options: Any) -> Any:
 def quantized_cache(module: Any, format: KeyValueCacheFormat, window_tokens: int) -> Iterator[_Attention]:
     """While it is open, every layer of the transformers model ``module`` attends over a cache in ``format``.
 
-    Each call of the model reads windows of at most ``window_tokens`` tokens from their beginning, without a cache of its
-    own. Raises ``InputError``, from within the call, for attention that this cannot stand for; the attention that it
-    gives says by ``check_layers`` whether all layers used it.
+    Each call of the model reads windows of at most ``window_tokens`` tokens from their beginning, without a cache of
+    its own. Raises ``InputError``, from within the call, for attention that this cannot stand for; the attention that
+    it gives says by ``check_layers`` whether all layers used it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask

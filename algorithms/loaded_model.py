@@ -128,7 +128,7 @@ class _Observer:
     def __init__(self, name: str, observer: Callable[[str, Float32], None]) -> None:
         self._name, self._observer = name, observer
 
-    def __call__(self, layer: Any, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, _: Any, arguments: tuple[Any, ...]) -> None:
         """Called by torch before the layer's ``forward``."""
         self._observer(self._name, arguments[0].detach().flatten(0, -2).float().numpy())
 
@@ -144,7 +144,7 @@ class _InputHook:
         self._scales = None if scales is None else torch.from_numpy(np.ascontiguousarray(scales, dtype=np.float32))
         self._handle = layer.register_forward_pre_hook(self)
 
-    def __call__(self, layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, _: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Called by torch before the layer's ``forward``; returns the arguments that it gets."""
         import torch
 

@@ -91,7 +91,6 @@ class HuggingFaceTokenizer:
             end_bytes[-1] = bytes_up_to[-1]
         return Encoding(tokens=tokens, end_bytes=end_bytes)
 
-
     def encode_sentence(self, text: str, maximum: int) -> NDArray[np.int64]:
         """The tokens of ``text`` with the special ones that an encoder expects around it, at most ``maximum`` in all.
 

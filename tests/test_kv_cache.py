@@ -62,7 +62,7 @@ class TestNames:
             ("kv:", "expected kv:FORMAT"),
             ("kv:nonsense-w4", "unknown format"),
             ("kv:keys=int-w4g32", "expected kv:keys=FORMAT@AXIS,values=FORMAT@AXIS"),
-            ("kv:keys=int-w4g32@row,values=int-w4", "the axis 'row'; expected channel or token"),
+            ("kv:keys=int-w4g32@row,values=int-w4", "along 'row'; expected channel or token"),
             ("kv:keys=int-w4@channel,values=int-w4", "no group of tokens; expected one, such as int-w4g32"),
             ("kv:olive-w4", "in common for a whole matrix"),
             ("kv:ant-w4", "in common for a whole matrix"),
@@ -102,6 +102,7 @@ class _GrowingCache(transformers.DynamicCache):  # type: ignore[misc]
     def __init__(self, format: KeyValueCacheFormat) -> None:
         super().__init__()
         self._format = format
+        self._quantized: dict[bytes, Any] = {}
 
     def update(self, keys: Any, values: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
         keys, values = super().update(keys, values, *arguments, **options)
@@ -110,8 +111,7 @@ class _GrowingCache(transformers.DynamicCache):  # type: ignore[misc]
             self._read(values, self._format.values, self._format.values_axis),
         )
 
-    @staticmethod
-    def _read(states: Any, format: Any, axis: str) -> Any:
+    def _read(self, states: Any, format: Any, axis: str) -> Any:
         read = states.clone()
         tokens = states.shape[2]
         for sequence in range(states.shape[0]):
@@ -121,7 +121,10 @@ class _GrowingCache(transformers.DynamicCache):  # type: ignore[misc]
                 for start in range(0, tokens - size + 1, size):
                     group = written[start : start + size]
                     matrix = group if axis == "token" else np.ascontiguousarray(group.T)
-                    value = quantize(matrix, format).dequantize()
+                    entry = format.name.encode() + matrix.tobytes()
+                    if entry not in self._quantized:
+                        self._quantized[entry] = quantize(matrix, format).dequantize()
+                    value = self._quantized[entry]
                     value = value if axis == "token" else value.T
                     read[sequence, head, start : start + size] = torch.from_numpy(value.copy())
         return read
@@ -157,7 +160,7 @@ def test_a_window_is_what_decoding_token_by_token_gives(name: str) -> None:
     quantized one token early or late moves them by more than 1e-3, as the last assertion says."""
     module = small_llama()
     format = get_cache_format(name)
-    tokens = torch.randint(50, (2, 21), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(50, (2, 18), generator=torch.Generator().manual_seed(5))
     found = logits_of(module, format, tokens)
     cache = _GrowingCache(format)
     with torch.inference_mode():
@@ -210,6 +213,8 @@ def test_without_a_complete_group_it_is_the_attention_of_the_family(
     save_small_llama(tmp_path, context=16)
     sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     scale = {"init_std" if family == "opt" else "initializer_range": 0.3}
+    if family in ("llama", "qwen2", "mistral"):
+        sizes["num_key_value_heads"] = 2
     if family == "opt":
         sizes |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 16}
@@ -223,7 +228,7 @@ def test_without_a_complete_group_it_is_the_attention_of_the_family(
     after = evaluator.perplexity().negative_log_likelihood
     assert after == pytest.approx(before.negative_log_likelihood, rel=1e-5)
     evaluator.quantize_cache("kv:int-w2g4")
-    assert evaluator.perplexity().negative_log_likelihood != pytest.approx(before.negative_log_likelihood, rel=1e-3)
+    assert evaluator.perplexity().negative_log_likelihood != pytest.approx(before.negative_log_likelihood, rel=1e-4)
     evaluator.restore()
     assert evaluator.perplexity() == before
 
@@ -251,7 +256,7 @@ class TestRefusals:
         configuration = transformers.BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0)
         evaluator = self.evaluator(tmp_path, save_small_llama, configuration)
         before = evaluator.perplexity()
-        with pytest.raises(InputError, match="0 of the 2 layers of .* attend through transformers' attention"):
+        with pytest.raises(InputError, match=r"0 of the 2 layers of .* attend through transformers' attention"):
             evaluator.quantize_cache("kv:int-w4g4")
         assert evaluator.perplexity() == before
 
