@@ -6,7 +6,7 @@ the block formats), the same ties, the same codes. How a scale is found depends 
 | family                                 | activations                              | scale                            |
 |----------------------------------------|------------------------------------------|----------------------------------|
 | int, int-asym, bitmod, one data type   | symmetric integers                       | one per token, dynamic:          |
-|                                        |                                          | greatest / (2**(bits - 1) - 1)    |
+|                                        |                                          | largest / (2**(bits - 1) - 1)    |
 | int, one data type; scales in E8M0: MX | 4: mxfp4, 6: mxfp6_e2m3, 8: mxfp8_e4m3   | one per 32 channels, dynamic     |
 | the same; scales in E4M3: NVFP4        | nvfp4                                    | one per 16 channels, dynamic,    |
 |                                        |                                          | under a static one of the tensor |
@@ -14,10 +14,10 @@ the block formats), the same ties, the same codes. How a scale is found depends 
 | ant                                    | the type of option ``types`` that fits   | one per tensor, static           |
 
 Dynamic: from the token itself, as it comes. Static: from a text for calibration, read once by the model as it is, and
-fixed from then on (OliVe section 3.4, ANT section IV-C). A bounded random sample of the tokens at each layer's input is
-quantized as one row of weights; the search of the weights then finds the tensor's scale and its data type. For ANT,
-whose search begins at the largest magnitude, that of all tokens read stands beside the sample; NVFP4's static scale is
-made from it too, and larger values saturate.
+fixed from then on (as OliVe section 3 and ANT section IV have it). A bounded random sample of the tokens at each
+layer's input is quantized as one row of weights; the search of the weights then finds the tensor's scale and its data
+type. For ANT, whose search begins at the largest magnitude, that of all tokens read stands beside the sample; NVFP4's
+static scale is made from it too, and larger values saturate.
 """
 
 from __future__ import annotations

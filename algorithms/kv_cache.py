@@ -3,8 +3,7 @@
 A name is ``kv:FORMAT`` for keys and values of one format, or ``kv:keys=FORMAT@AXIS,values=FORMAT@AXIS``. The axis says
 along what a group lies: ``token``, the channels of one token in one head share a scale, or ``channel``, neighbouring
 tokens of one channel do. Without an axis, values are grouped per token, and so are keys of a format without groups;
-keys of a format with groups lie per channel, since keys have outlier channels (KIVI, ICML 2024, arXiv 2402.02750,
-section 3.1).
+keys of a format with groups lie per channel, since keys have outlier channels (KIVI, arXiv 2402.02750).
 
 What a query reads. Keys stand in the cache as the model gives them to its attention, after a rotary embedding. The
 cache is written before it is read: query t reads what is there when tokens 0 .. t are written. A group per token is
