@@ -263,7 +263,7 @@ def test_bitmod_group_scales_use_the_full_8_bits() -> None:
 
 @pytest.mark.parametrize(("deviation", "share"), [(0.029, 0.008), (0.0073, 0.12), (0.0029, 0.46)])
 def test_the_authors_arithmetic_chooses_wrongly_as_often_as_was_measured(deviation: float, share: float) -> None:
-    """The share of 4-bit groups that was measured with the script; the distribution was not told, here it is Gaussian."""
+    """The share of 4-bit groups that was measured with the script, of weights whose distribution was not told."""
     weights = (np.random.default_rng(0).standard_normal((512, 1024)) * deviation).astype(np.float16)
     exact, script = (quantize(weights, name) for name in ("bitmod-w4g128", "bitmod-w4g128:compat=authors-fp16"))
     differing = np.mean(chosen_types(exact) != chosen_types(script))
