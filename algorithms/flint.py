@@ -10,8 +10,9 @@ The kinds of data types that compete are a format's ``datatypes`` (option ``type
 
 Scales are FP16; with groups the selector of each names its type, without them the part ``matrix_type`` does.
 
-Deviation: the authors' integer grid includes -2**(bits - 1); ours is symmetric, as is OliVe's and BitMoD's integer.
-INTEGER_EFFECT
+Deviation: the authors' integer grid includes -2**(bits - 1); ours is symmetric, as is OliVe's and BitMoD's integer. On
+the synthetic matrix of reports/formats-on-a-synthetic-matrix, with ``search=mse``, theirs would gain 0.1 dB at 3 and 4
+bits in groups of 128, and less than 0.04 dB without groups or at 8 bits.
 
 Activations are quantized likewise, with one type and one scale per tensor that are searched on a sample beforehand
 (``calibrate``).

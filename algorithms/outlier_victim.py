@@ -279,9 +279,7 @@ def pair_statistics(weights: grid.Weights, tensor: QuantizedTensor) -> PairStati
         limits = pairs.scales[rows][:, np.arange(0, even, 2) // pairs.group_size] * pairs.outlier_threshold
         outliers = (np.abs(block[:, 0:even:2]) > limits).astype(np.intp) + (np.abs(block[:, 1:even:2]) > limits)
         counts += np.bincount(outliers.ravel(), minlength=3)
-    return PairStatistics(
-        normal_normal=int(counts[0]), outlier_normal=int(counts[1]), outlier_outlier=int(counts[2])
-    )
+    return PairStatistics(normal_normal=int(counts[0]), outlier_normal=int(counts[1]), outlier_outlier=int(counts[2]))
 
 
 def _format_of_width(bits: int, outlier: str) -> Format:
