@@ -13,6 +13,7 @@ of a worse one is not finished, change nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def runs_of(datatype: DataType) -> NDArray[np.float64]:
     """
     levels = [level for level in datatype.sorted_numerators if level >= 0]
     runs: list[list[int]] = []
-    for low, high in zip(levels, levels[1:], strict=False):
+    for low, high in itertools.pairwise(levels):
         if runs and high - low == runs[-1][1]:
             runs[-1][2] += 1
         else:
@@ -54,7 +55,7 @@ def to_half(value: float) -> float:
     """The FP16 number nearest to ``value``, of equals the even one; never below 2**-24, never above 65504."""
     clipped = min(max(value, 2.0**-24), HALF_MAX)
     _, exponent = math.frexp(clipped)
-    unit = 2.0 ** max(exponent - 11, -24)
+    unit = math.ldexp(1.0, max(exponent - 11, -24))
     return float(np.rint(clipped / unit) * unit)
 
 
@@ -78,7 +79,7 @@ def _distance(magnitude: float, unit: float, inverse: float, first: float, step:
 
     ``inverse`` is 1 / (unit × step), rounded; that can only matter midway between two levels, which are equally far.
     """
-    rank = min(max(np.rint(magnitude * inverse - first / step), 0.0), steps)
+    rank: float = min(max(np.rint(magnitude * inverse - first / step), 0.0), steps)
     return abs(magnitude - (first + step * rank) * unit)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -117,7 +118,7 @@ def absolute_error(values: NDArray[np.float32], centroids: list[float]) -> float
 def equal_population(values: NDArray[np.float32], count: int) -> list[float]:
     """Means of bins with the same number of the sorted values; of an empty bin the middle value."""
     edges = [round(Fraction(index * len(values), count)) for index in range(count + 1)]
-    bins = [values[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+    bins = [values[low:high] for low, high in itertools.pairwise(edges)]
     return [
         float(np.float32(math.fsum(part) / len(part))) if len(part) else float(values[len(values) // 2])
         for part in bins

@@ -112,8 +112,10 @@ def test_what_is_decoded_has_the_error_that_was_searched_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ant-w4g8", "ant-w4g8:types=int,flint,pot,float", "ant-w3g8:types=flint,float"])
 def test_searching_scales_never_has_a_greater_error(name: str) -> None:
-    """100 percent is among the candidates. At ``absmax`` types are compared before scales are rounded to FP16, which may
-    choose another one but no better one."""
+    """100 percent is among the candidates.
+
+    At ``absmax`` types are compared before scales are rounded to FP16, which may choose another one, but no better one.
+    """
     weights = on_a_binary_grid(6, 64, seed=4)
     errors = [
         ((weights.astype(np.float64) - quantize(weights, searched).dequantize()) ** 2).reshape(6, 8, 8).sum(axis=2)
@@ -137,8 +139,8 @@ def test_a_single_kind_at_absmax_is_the_format_of_that_type(kind: str) -> None:
 
 
 def test_equal_totals_take_the_first_type() -> None:
-    """0, ±1 and ±2 are levels of int3 and flint3 alike; scale 1 is 150 percent of int3's and 200 of flint3's maximum."""
-    weights = np.array([[3, 0, 0, -3]], dtype=np.float16)
+    """At ``absmax``, zeros and the largest magnitude are levels of every type, here with scales that are exact."""
+    weights = np.array([[12, 0, 0, -12]], dtype=np.float16)
     tensor = quantize(weights, "ant-w3:search=absmax")
     assert int(tensor.parts["matrix_type"][0]) == 0
     np.testing.assert_array_equal(tensor.dequantize(), weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
