@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; expected a JSON object") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; expected a JSON object") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object")
@@ -77,8 +77,8 @@ class SafetensorsCheckpoint:
         self._headers: dict[str, TensorHeader] = {}
         self._opened: dict[Path, Any] = {}
         for file in self.files:
-            self._opened[file] = _open(file)
-            for header in _read_headers(file, self._opened[file]):
+            self._opened[file] = open_safetensors(file)
+            for header in read_headers(file, self._opened[file]):
                 if header.name in self._headers:
                     other = self._headers[header.name].file.name
                     raise InputError(
@@ -174,7 +174,7 @@ def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]
     return ((whole,) if whole in files else tuple(files)), {}
 
 
-def _open(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """The ``safetensors.safe_open`` of ``file``, which maps it into memory. Raises ``InputError``."""
     import ml_dtypes  # noqa: F401  # gives numpy the dtype that safetensors names bfloat16
     from safetensors import SafetensorError, safe_open
@@ -188,7 +188,7 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _read_headers(file: Path, opened: Any) -> list[TensorHeader]:
+def read_headers(file: Path, opened: Any) -> list[TensorHeader]:
     """The headers in one safetensors file."""
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
     return [
