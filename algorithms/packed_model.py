@@ -1,8 +1,8 @@
 """A quantized model on disk: safetensors beside a config.json with a ``quantization_config``.
 
 ``model.safetensors``, or shards and their index, hold for every quantized layer the packed arrays of its format as
-``<module>.weight.<part>`` (see ``Format.layout``; and ``input_scales`` where a calibration scaled the inputs), and every
-other tensor of the checkpoint bit for bit as it was. ``quantization_config`` has the keys
+``<module>.weight.<part>`` (see ``Format.layout``; and ``input_scales`` where a calibration scaled the inputs), and
+every other tensor of the checkpoint bit for bit as it was. ``quantization_config`` has the keys
 
 * ``quant_method``: ``termwise``; ``version``: 2;
 * ``layers``: per quantized layer its ``format`` and its ``shape`` [outputs, inputs]; formats may differ;
@@ -17,7 +17,6 @@ copied.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -40,16 +39,15 @@ from termwise.algorithms.checkpoints import (
 )
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.files import input_error_on_failure, write_text, written_beside
-from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.formats import FREE, Format, get_format
 from termwise.algorithms.models import Model
 from termwise.algorithms.packing import unpack
-from termwise.algorithms.quantize import QuantizedTensor
+from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor
 from termwise.algorithms.tensor_files import DTYPE_NAMES, StoredTensor, stored_array, stored_tensors, write_shards
 from termwise.algorithms.tokenization import TOKENIZER_FILES
 
 METHOD = "termwise"
 VERSION = 2
-INPUT_SCALES = "input_scales"
 SHARD_BYTES = 4_000_000_000
 """Data in one file of a finished model: below the limit of 4 GiB that some file systems have."""
 
@@ -57,6 +55,7 @@ _CONFIG_KEY = "quantization_config"
 _WRITTEN_BY = "the output of 'termwise quantize --out'"
 _MANIFEST = "manifest.json"
 _SAMPLES, _SAMPLE_BYTES = 1024, 64 << 10
+_LARGEST_E4M3 = 0x7E
 
 
 class PackedModelWriter:
@@ -113,9 +112,7 @@ class PackedModelWriter:
         self._partial = directory.with_name(f"{directory.name}.partial")
         self._shard_bytes = shard_bytes
         self._shapes = {
-            linear.name: (linear.outputs, linear.inputs)
-            for linear in model.structure.linears
-            if linear.name in formats
+            linear.name: (linear.outputs, linear.inputs) for linear in model.structure.linears if linear.name in formats
         }
         self._formats = {name: formats[name] for name in self._shapes}
         self._description = describe(self._formats, self._shapes, settings or {}, datatypes or {})
@@ -219,7 +216,7 @@ class PackedModelWriter:
     def finish(self) -> None:
         """Put the layers, the kept tensors, config.json and the tokenizer together in the directory.
 
-        Raises ``InputError`` when that cannot be written (the layers stay), and ``ValueError`` while a layer is missing.
+        Raises ``InputError`` when that cannot be written (the layers stay), ``ValueError`` while a layer is missing.
         """
         layers: list[StoredTensor] = []
         for name in self._formats:
@@ -490,10 +487,10 @@ def _check_parts(
             raise InputError(f"{place} lacks the tensor {key!r}; {format.name} has it")
         found = headers[key]
         fits = len(found.shape) == len(lengths) and all(
-            length in (_FREE, actual) for length, actual in zip(lengths, found.shape, strict=True)
+            length in (FREE, actual) for length, actual in zip(lengths, found.shape, strict=True)
         )
         if found.dtype != dtype or not fits:
-            shown = "[" + ", ".join("any" if length == _FREE else str(length) for length in lengths) + "]"
+            shown = "[" + ", ".join("any" if length == FREE else str(length) for length in lengths) + "]"
             raise InputError(
                 f"{found.file}: tensor {key!r} is {found.dtype} {list(found.shape)}; "
                 f"expected {dtype} {shown} for {format.name}"
@@ -526,18 +523,32 @@ def _read_layer(
 def _problem(tensor: QuantizedTensor, part: str) -> str | None:
     """What is wrong with the values of a part, None if nothing is. Codes may be any."""
     values, format = tensor.parts[part], tensor.format
+    choices = sum(not datatype.name.startswith("abfloat") for datatype in format.datatypes)
+    if part == "outlier_positions" and values.size != tensor.parts["outlier_values"].size:
+        return f"has {values.size} places for {tensor.parts['outlier_values'].size} values; expected one for each"
     if not values.size:
         return None
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return "holds a NaN or an infinity; expected finite numbers"
     least, greatest = values.min(), values.max()
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            return "holds a NaN or an infinity; expected finite numbers"
-        if (part.endswith("scales") or part.endswith("scale")) and least <= 0:
-            return f"holds the scale {least}; expected positive scales"
-    elif part == "zero_points" and greatest >= 1 << format.weight_bits:
-        return f"holds the zero point {greatest}; expected less than {1 << format.weight_bits}"
-    elif part == "normal_type" and greatest > 1:
-        return f"is {greatest}; expected 0 (int4) or 1 (flint4)"
-    elif part == "group_scales" and least == 0:
-        return "holds the scale 0; expected 1 to 255"
+    if part == "scales" and format.scale_type == "e8m0":
+        return "holds the scale 255, a NaN; expected 0 to 254" if greatest == 255 else None
+    if part == "scales" and format.scale_type == "e4m3":
+        within = least >= 1 and greatest <= _LARGEST_E4M3
+        return None if within else f"holds a scale that is no positive E4M3 number; expected 1 to {_LARGEST_E4M3}"
+    if part.endswith(("scale", "scales")):
+        return f"holds the scale {least}; expected positive ones" if least <= 0 else None
+    if part == "zero_points":
+        top = (1 << format.weight_bits) - 1
+        return f"holds the zero point {greatest}; expected 0 to {top}" if greatest > top else None
+    if part == "matrix_type":
+        return f"is {greatest}; expected 0 to {choices - 1}" if greatest >= choices else None
+    if part == "selectors":
+        rows = tensor.shape[::-1] if format.groups_along_outputs else tensor.shape
+        chosen = unpack(values.astype(np.uint8, copy=False), format.selector_bits, format.groups(rows[1])).max()
+        return f"selects data type {chosen}; expected 0 to {choices - 1}" if chosen >= choices else None
+    if part == "outlier_positions":
+        places = values.astype(np.int64)
+        if greatest >= tensor.shape[0] * tensor.shape[1] or (np.diff(places) <= 0).any():
+            return f"does not ascend within {tensor.shape[0]} × {tensor.shape[1]} weights; expected places among them"
     return None

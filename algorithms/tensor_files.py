@@ -1,8 +1,8 @@
 """Safetensors files as streams of bytes: tensors are copied from file to file without being held or converted.
 
-The layout is that of the safetensors format: the length of the header (8 bytes, little-endian), the header (JSON: name to
-dtype, shape and offsets, ``__metadata__`` of strings), the data without gaps. Several files get the names and the index
-that Hugging Face checkpoints have.
+The layout is that of the safetensors format: the length of the header (8 bytes, little-endian), the header (JSON: name
+to dtype, shape and offsets; ``__metadata__`` of strings), the data without gaps. Several files get the names and the
+index that Hugging Face checkpoints have.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class StoredTensor:
         name: its name in the file.
         dtype: safetensors' name of the element type (``F16``, ``BF16``, ``U8``, ...).
         shape: its axes.
-        bytes: its size.
-        chunks: called once; yields the bytes in order, C-contiguous and little-endian, ``bytes`` in all.
+        nbytes: its size in bytes.
+        chunks: called once; yields the bytes in order, C-contiguous and little-endian, ``nbytes`` in all.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bytes: int
+    nbytes: int
     chunks: Callable[[], Iterable[bytes | memoryview]]
 
 
@@ -71,14 +71,14 @@ def stored_array(
         array = np.ascontiguousarray(values())
         if array.dtype != dtype or array.shape != shape:
             raise ValueError(f"{name} is {array.dtype} {array.shape}; announced as {dtype} {shape}")
-        yield memoryview(array.reshape(-1)).cast("B")
+        yield array.reshape(-1).view(np.uint8).data
 
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    return StoredTensor(name=name, dtype=DTYPE_NAMES[dtype], shape=shape, bytes=size, chunks=chunks)
+    return StoredTensor(name=name, dtype=DTYPE_NAMES[dtype], shape=shape, nbytes=size, chunks=chunks)
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors in the safetensors file ``file``, which has been opened and checked before, to be copied as they are."""
+    """The tensors in a safetensors file that has been opened and checked before, to be copied as they are."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -97,7 +97,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
             name=name,
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
-            bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             chunks=copy_of(entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]),
         )
         for name, entry in header.items()
@@ -111,7 +111,7 @@ def write_tensors(file: Path, tensors: Iterable[StoredTensor], metadata: Mapping
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in ordered:
-        begin, end = end, end + tensor.bytes
+        begin, end = end, end + tensor.nbytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -120,8 +120,8 @@ def write_tensors(file: Path, tensors: Iterable[StoredTensor], metadata: Mapping
         stream.write(text)
         for tensor in ordered:
             written = sum(stream.write(chunk) for chunk in tensor.chunks())
-            if written != tensor.bytes:
-                raise ValueError(f"{tensor.name} gave {written} bytes; announced as {tensor.bytes}")
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name} gave {written} bytes; announced as {tensor.nbytes}")
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -135,7 +135,7 @@ def write_shards(
     """
     shards: list[list[StoredTensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + tensor.bytes > shard_bytes:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
@@ -146,11 +146,11 @@ def write_shards(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(directory / name, shard, metadata)
         places.update({tensor.name: name for tensor in shard})
-    total = sum(tensor.bytes for shard in shards for tensor in shard)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _item_bytes(tensor: StoredTensor) -> int:
     """Size of one element; 0 for an empty tensor."""
-    return tensor.bytes // (math.prod(tensor.shape) or 1)
+    return tensor.nbytes // (math.prod(tensor.shape) or 1)
