@@ -158,7 +158,8 @@ def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]
         for shard in shards:
             if Path(shard).name != shard:
                 raise InputError(f"{index_file} names the shard {shard!r}; expected a file name without a folder")
-        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = [shard for shard in shards if shard not in present]
         if missing:
             raise InputError(
                 f"{index_file} names {len(missing)} missing shard{'s' if len(missing) > 1 else ''}: "

@@ -3,9 +3,9 @@
     python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0]
 
 Small models in one file and in shards, of all kinds of formats, get one to three mutations each: of a JSON value or
-structure (config.json, the index, the description in the metadata, the header of the safetensors file; or of config.json
-and metadata alike, so that they still agree), or of bytes (changed, inserted, removed, cut off). What is read is also
-dequantized. Prints the counts as one JSON document; on a failure the seed of the input, and exits with 1.
+structure (config.json, the index, the description in the metadata, the header of the safetensors file; or of
+config.json and metadata alike, so that they still agree), or of bytes (changed, inserted, removed, cut off). What is
+read is also dequantized. Prints the counts as one JSON document; on a failure the seed of the input, and exits with 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
-from termwise.algorithms.models import Model, open_model
+from termwise.algorithms.models import open_model
 from termwise.algorithms.packed_model import PackedModelWriter, open_packed
 from termwise.algorithms.quantize import quantize
 
@@ -96,9 +96,7 @@ def bases() -> tuple[Files, ...]:
             source.mkdir()
             tensors = {name: values.astype(np.float16) for name, values in weights.items()}
             save_file({**tensors, "norm": np.ones(3, np.float32)}, source / "x.safetensors")
-            plain = open_model(source)
-            # A config.json as a runnable model would have it; the set of matrices stays one.
-            model = Model(plain.name, plain.location, plain.checkpoint, None, plain.sources)
+            model = open_model(source)
             formats = {f"l{i}": get_format(name) for i, name in enumerate(names)}
             out = Path(folder) / f"packed{number}"
             with PackedModelWriter(
@@ -236,14 +234,13 @@ def outcome(chance: random.Random, folder: Path) -> str:
         with np.errstate(all="ignore"):
             for tensor in packed.values():
                 assert tensor.dequantize().shape == tensor.shape
-    except InputError as error:
-        assert str(error)
+    except InputError:
         return "refused"
     return "read"
 
 
 def fuzz(inputs: int, seed: int, report: Callable[[int], None] = lambda _: None) -> collections.Counter[str]:
-    """Counts of the outcomes of ``inputs`` mutated models. Raises ``AssertionError`` that names the seed of a failure."""
+    """Counts of the outcomes of ``inputs`` mutated models. Raises ``AssertionError`` with the seed of a failure."""
     counts: collections.Counter[str] = collections.Counter()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 import pytest
 import transformers
 from numpy.typing import NDArray
@@ -441,7 +439,7 @@ def test_mutated_models_are_read_or_refused_and_nothing_else() -> None:
 
 
 def test_a_large_layer_is_written_within_a_bound_of_memory(tmp_path: Path) -> None:
-    """Matrix 90 MB, its packed form 23 MB, one more copy of that in the library that writes it, blocks of rows 32 MB."""
+    """Matrix 90 MB, its packed form 23 MB and again in the library that writes it, 32 MB for blocks; and a quarter."""
     outputs, inputs = 4096, 11008
     weights = np.empty((outputs, inputs), dtype=np.float16)
     weights[:] = (np.random.default_rng(3).standard_normal((64, inputs)) * 0.02).astype(np.float16).repeat(64, axis=0)
@@ -462,7 +460,6 @@ def test_a_large_layer_is_written_within_a_bound_of_memory(tmp_path: Path) -> No
         "print(peak.anonymous_bytes - before)\n"
     )
     command = [sys.executable, "-c", program, tmp_path / "m", tmp_path / "p", BENCHMARKS]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) < 1.25 * (90 + 2 * 23 + 32) * 1e6
-    assert psutil.pid_exists(os.getpid())
     assert open_packed(tmp_path / "p").shapes == {"a": (outputs, inputs), "b": (outputs, inputs)}
