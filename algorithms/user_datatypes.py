@@ -28,6 +28,9 @@ from termwise.algorithms.datatypes import LONGEST_NUMERATOR, DataType, is_built_
 from termwise.algorithms.errors import InputError
 
 ENVIRONMENT_VARIABLE = "TERMWISE_DATATYPES"
+RESERVED_NAMES = frozenset({"fp16", "int", "int_asym", "bitmod", "olive", "ant", "gobo", "type"})
+"""Names of families of formats: a type of that name could not be told from them."""
+
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _OTHER_VALUES: Mapping[str, float | None] = {
     "unused": None,
@@ -94,7 +97,7 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
     place = f"{where}: data type {name!r}"
     if not _NAME.fullmatch(name):
         raise InputError(f"{place}: expected a name of lower-case letters, digits and underscores")
-    if is_built_in(name):
+    if is_built_in(name) or name in RESERVED_NAMES:
         raise InputError(f"{place} comes with termwise; expected another name")
     try:
         definition = Definition.model_validate(table)
