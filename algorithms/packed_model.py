@@ -6,7 +6,7 @@ every other tensor of the checkpoint bit for bit as it was. ``quantization_confi
 
 * ``quant_method``: ``termwise``; ``version``: 2;
 * ``layers``: per quantized layer its ``format`` and its ``shape`` [outputs, inputs]; formats may differ;
-* ``datatypes``: definitions of data types that do not ship with termwise, by name;
+* ``datatypes``: definitions of data types that do not ship with termwise, by name (see ``user_datatypes``);
 * ``settings``: how the layers were quantized, text by name.
 
 The metadata of every safetensors file repeats it, so that a set of matrices needs no config.json. Tokenizer files are
@@ -37,6 +37,7 @@ from termwise.algorithms.checkpoints import (
     read_headers,
     read_json,
 )
+from termwise.algorithms.datatypes import add_datatype, get_datatype, is_built_in
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.files import input_error_on_failure, write_text, written_beside
 from termwise.algorithms.formats import FREE, Format, get_format
@@ -45,6 +46,7 @@ from termwise.algorithms.packing import unpack
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor
 from termwise.algorithms.tensor_files import DTYPE_NAMES, StoredTensor, stored_array, stored_tensors, write_shards
 from termwise.algorithms.tokenization import TOKENIZER_FILES
+from termwise.algorithms.user_datatypes import datatype_from, definition_of
 
 METHOD = "termwise"
 VERSION = 2
@@ -82,7 +84,7 @@ class PackedModelWriter:
         formats: of every linear layer, or by name of layer; layers without one are copied as they are.
         directory: new or empty.
         settings: what else the packed layers depend on (method, calibration text, seed, ...), as text by name.
-        datatypes: definitions of the user's data types that the formats name, JSON-ready, by name.
+        datatypes: definitions of further data types of the user, by name; those that the formats name are always kept.
         restart: drop what an earlier run left, whatever its settings.
         shard_bytes: most bytes of data in one file.
 
@@ -242,11 +244,13 @@ def describe(
     datatypes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The ``quantization_config`` of layers with these formats and shapes (see the module)."""
+    named = {format.type_name for format in formats.values() if format.type_name is not None}
+    own = {name: definition_of(get_datatype(name)) for name in sorted(named) if not is_built_in(name)}
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "layers": {name: {"format": formats[name].name, "shape": list(shapes[name])} for name in formats},
-        "datatypes": {name: dict(definition) for name, definition in datatypes.items()},
+        "datatypes": {**{name: dict(definition) for name, definition in datatypes.items()}, **own},
         "settings": dict(settings),
     }
 
@@ -354,7 +358,7 @@ class PackedModel(Mapping[str, QuantizedTensor]):
 
     Attributes:
         formats, shapes: format and (outputs, inputs) of every layer, by name.
-        datatypes: definitions of the user's data types.
+        datatypes: definitions of the user's data types; opening the model makes them known by their names.
         settings: how the layers were quantized.
     """
 
@@ -367,6 +371,8 @@ class PackedModel(Mapping[str, QuantizedTensor]):
         description, where = self._description()
         self.datatypes: Mapping[str, Mapping[str, Any]] = description["datatypes"]
         self.settings: Mapping[str, str] = description["settings"]
+        for name, definition in self.datatypes.items():
+            _make_known(name, definition, where)
         self.formats: dict[str, Format] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         for name, layer in description["layers"].items():
@@ -447,6 +453,14 @@ def _checked_description(value: Any, where: str) -> dict[str, Any]:
             if not isinstance(entry, kind):
                 raise InputError(f"{where}: {key}: {name!r} is {_short(entry)}; expected {expected}")
     return description
+
+
+def _make_known(name: str, definition: Mapping[str, Any], where: str) -> None:
+    """Make a data type known by its name. Raises ``InputError`` where it is malformed, or another one has the name."""
+    try:
+        add_datatype(datatype_from(name, definition, where))
+    except OverflowError:
+        raise InputError(f"{where}: data type {name!r} has a level beyond float64; expected smaller ones") from None
 
 
 def _checked_layer(value: Any, where: str) -> tuple[Format, tuple[int, int]]:

@@ -26,11 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from termwise.algorithms.datatypes import add_datatype
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
 from termwise.algorithms.models import open_model
 from termwise.algorithms.packed_model import PackedModelWriter, open_packed
 from termwise.algorithms.quantize import quantize
+from termwise.algorithms.user_datatypes import datatype_from
 
 Files = dict[str, bytes]
 
@@ -47,7 +49,9 @@ FORMATS = (
     "fp6_e2m3-w6g8",
     "fp16",
     "int-w4g4:axis=output",
+    "mine-w2g8",
 )
+OWN_TYPE = {"bits": 2, "levels": [0, 1.5, -1], "source": "mine"}
 SHAPE = (4, 24)
 CONFIG_KEY = "quantization_config"
 VALUES: tuple[Any, ...] = (
@@ -58,6 +62,7 @@ VALUES: tuple[Any, ...] = (
     1,
     2,
     10**30,
+    10**400,
     1.5,
     float("nan"),
     float("inf"),
@@ -87,6 +92,7 @@ def bases() -> tuple[Files, ...]:
     """The files of the unchanged models: each kind of format alone, and all of them in shards."""
     from safetensors.numpy import save_file
 
+    add_datatype(datatype_from("mine", OWN_TYPE, "here"))
     random_weights = np.random.default_rng(0)
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +110,6 @@ def bases() -> tuple[Files, ...]:
                 formats,
                 out,
                 {"method": "nearest"},
-                datatypes={"mine": {"bits": 4}},
                 shard_bytes=1 << 30 if len(names) == 1 else 300,
             ) as writer:
                 for i, name in enumerate(names):

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from termwise.algorithms import datatypes
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import format_names, get_format
 from termwise.algorithms.models import Model, open_model
 from termwise.algorithms.packed_model import PackedModelWriter, open_packed, read_packed
 from termwise.algorithms.quantize import QuantizedTensor, quantize
+from termwise.algorithms.user_datatypes import datatype_from
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -101,19 +103,33 @@ def test_every_format_is_read_as_it_was_written(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name].dequantize(), tensor.dequantize())
 
 
-def test_input_scales_settings_and_data_types_come_back(tmp_path: Path) -> None:
+def test_input_scales_and_settings_come_back(tmp_path: Path) -> None:
     model = matrices(tmp_path / "model", "a")
     scales = np.linspace(0.5, 2, 40, dtype=np.float32)
     tensor = quantize(model.matrix("a"), "int-w4g8").with_input_scales(scales)
-    definitions = {"mine": {"bits": 4, "levels": [0, 1.5]}}
-    with PackedModelWriter(
-        model, {"a": tensor.format}, tmp_path / "packed", {"method": "awq"}, datatypes=definitions
-    ) as writer:
+    with PackedModelWriter(model, {"a": tensor.format}, tmp_path / "packed", {"method": "awq"}) as writer:
         writer.add("a", tensor)
         writer.finish()
     found = open_packed(tmp_path / "packed")
     assert_equal(found["a"], tensor)
-    assert (found.settings, found.datatypes) == ({"method": "awq"}, definitions)
+    assert found.settings == {"method": "awq"}
+
+
+def test_a_data_type_of_the_user_is_read_where_it_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    definition = {"bits": 3, "levels": [0, 1, 2.5, "minus zero", -1, -2.5, "unused", "unused"], "source": "mine"}
+    monkeypatch.setattr(datatypes, "_added", {})
+    datatypes.add_datatype(datatype_from("own3", definition, "here"))
+    model = matrices(tmp_path / "model", "a")
+    tensors = write(model, get_format("own3-w3g8"), tmp_path / "packed")
+    expected = tensors["a"].dequantize()
+    monkeypatch.setattr(datatypes, "_added", {})
+    found = open_packed(tmp_path / "packed")
+    assert found.datatypes == {"own3": definition}
+    np.testing.assert_array_equal(found["a"].dequantize(), expected)
+    other = {**definition, "levels": [0, 1, -1]}
+    monkeypatch.setattr(datatypes, "_added", {"own3": datatype_from("own3", other, "here")})
+    with pytest.raises(InputError, match="own3 is defined already, with other levels"):
+        open_packed(tmp_path / "packed")
 
 
 def test_layers_without_a_format_and_other_dtypes_are_kept_bit_for_bit(tmp_path: Path) -> None:
@@ -207,7 +223,7 @@ def test_a_killed_run_loses_nothing_that_was_finished(tmp_path: Path) -> None:
         ({"formats": get_format("int-w3")}, r"layers 'a' is .*int-w4.* there and .*int-w3.* here"),
         ({"settings": {"seed": "2"}}, 'settings \'seed\' is "1" there and "2" here'),
         ({"settings": {}}, "settings 'seed' is \"1\" there and null here"),
-        ({"datatypes": {"mine": {"bits": 3}}}, "datatypes 'mine' is null there"),
+        ({"datatypes": {"mine": {"bits": 2, "levels": [0, 1]}}}, "datatypes 'mine' is null there"),
         ({"formats": {"a": get_format("int-w4")}}, "layers 'b' is .* there and null here"),
         ({"weights": 0.5}, "the files of the model are others or were changed"),
     ],
@@ -427,7 +443,8 @@ def test_config_and_files_must_agree(tmp_path: Path, small_model: Path) -> None:
         open_packed(tmp_path / "p")
 
 
-def test_mutated_models_are_read_or_refused_and_nothing_else() -> None:
+def test_mutated_models_are_read_or_refused_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datatypes, "_added", {})
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import fuzz_readers
