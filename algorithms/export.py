@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,8 @@ def export_compressed_tensors(
     are ``dequantize()``, bit for bit, and the scales take twice the bytes.
 
     Where a quantized head shares the table of embeddings, both are written, and ``tie_word_embeddings`` is false.
+    transformers 5 reads layers with zero points only with ``CompressedTensorsConfig(dequantize=True)``, and layers of
+    different formats only without.
 
     Args:
         packed: quantized layers by name, or the directory of a packed model.
@@ -77,6 +79,11 @@ def export_compressed_tensors(
         changes["tie_word_embeddings"] = False
     with directory_written_beside(directory) as temporary:
         kept = kept_tensors(model, {layer.name: None for layer in layers})
+        if tied:
+            table = _embedding_name(model)
+            kept = [
+                replace(tensor, name=table) if tensor.name == model.structure.embedding else tensor for tensor in kept
+            ]
         write_shards(temporary, [*tensors, *kept], {"format": "pt"}, shard_bytes=shard_bytes)
         write_surroundings(model, temporary, changes)
 
@@ -217,6 +224,18 @@ def _not_gguf(layer: _Layer) -> str | None:
     return _not_expressible(layer)
 
 
+def _embedding_name(model: Model) -> str:
+    """The name that the architecture gives to its table of embeddings; a tied checkpoint may use that of the head."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = dict(model.config or {})
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    table = module.get_input_embeddings()
+    return next(f"{path}.weight" for path, layer in module.named_modules() if layer is table)
+
+
 def _pack_quantized(layer: _Layer, scale_dtype: str) -> Iterator[StoredTensor]:
     """``weight_packed``, ``weight_scale``, ``weight_shape`` and, where asymmetric, ``weight_zero_point``."""
     import torch
@@ -330,8 +349,9 @@ def _gguf_arrays(
         order = _row_order(model, module, header.shape[0]) if is_llama else None
         dtype = {"F16": "float16", "BF16": "uint8"}.get(header.dtype, "float32") if len(header.shape) > 1 else "float32"
         shape = header.shape[::-1] if transposed else header.shape
+        is_table = is_llama and name == model.structure.embedding
         yield _Array(
-            name=names(name),
+            name=names("model.embed_tokens.weight" if is_table else name),
             shape=(*shape[:-1], 2 * shape[-1]) if dtype == "uint8" else shape,
             dtype=dtype,
             kind=gguf.GGMLQuantizationType.BF16 if dtype == "uint8" else None,

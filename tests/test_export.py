@@ -96,27 +96,39 @@ def test_transformers_runs_the_compressed_tensors(tmp_path: Path, llama: Path, t
     plain.save_pretrained(source)
     model = open_model(source)
     formats = {
-        name: get_format("int-asym-w4g32" if "mlp" in name else "int-w8")
+        name: get_format("int-w4g32" if "mlp" in name else "int-w8")
         for name in model.matrix_names
         if "o_proj" not in name
     }
+    packed = quantized(model, formats)
     with PackedModelWriter(model, formats, tmp_path / "packed") as writer:
-        for name, tensor in quantized(model, formats).items():
+        for name, tensor in packed.items():
             writer.add(name, tensor)
         writer.finish()
     export_compressed_tensors(tmp_path / "packed", model, tmp_path / "out", scale_dtype="float32", shard_bytes=20_000)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out",
-        dtype=torch.float32,
-        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
-    )
-    weights = dict(loaded.named_modules())
-    for name in model.matrix_names:
-        expected = quantize(model.matrix(name), formats[name]).dequantize() if name in formats else model.matrix(name)
-        np.testing.assert_array_equal(weights[name].weight.detach().numpy(), expected)
-    np.testing.assert_array_equal(
-        loaded.model.embed_tokens.weight.detach().numpy(), plain.model.embed_tokens.weight.detach().numpy()
-    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, tensor in packed.items():
+        plain.get_submodule(name).weight = torch.nn.Parameter(torch.from_numpy(tensor.dequantize()))
+    tokens = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
+    for name in model.matrix_names:  # decompressed by the first use
+        np.testing.assert_array_equal(
+            loaded.get_submodule(name).weight.detach().numpy(), plain.get_submodule(name).weight.detach().numpy()
+        )
+
+
+@pytest.mark.parametrize("name", ["int-w4g32", "int-asym-w4g32", "int-asym-w8"])
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_transformers_dequantizes_the_compressed_tensors(tmp_path: Path, llama: Path, name: str) -> None:
+    model = open_model(llama)
+    packed = quantized(model, get_format(name))
+    export_compressed_tensors(packed, model, tmp_path / "out")
+    how = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=how)
+    for layer, tensor in packed.items():
+        expected = tensor.dequantize().astype(np.float16)
+        np.testing.assert_array_equal(loaded.get_submodule(layer).weight.detach().numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ def test_layers_must_be_those_of_the_model(tmp_path: Path, llama: Path) -> None:
         export_gguf({"lm_head": tensor}, model, tmp_path / "out.gguf")
     save_file({"a.weight": np.ones((4, 32), np.float16)}, tmp_path / "x.safetensors")
     matrices = open_model(tmp_path)
-    with pytest.raises(InputError, match="has no config.json"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         export_compressed_tensors(quantized(matrices, get_format("int-w4g32")), matrices, tmp_path / "out")
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=8)
@@ -203,6 +215,7 @@ def test_gguf_is_read_as_dequantized(tmp_path: Path, llama: Path, name: str, kin
 
 @pytest.mark.parametrize("name", ["int-w4g32", "mxfp4"])
 def test_transformers_reads_the_gguf_as_the_quantized_model(tmp_path: Path, llama: Path, name: str) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads GGUF only with accelerate")
     model = open_model(llama)
     packed = quantized(model, get_format(name))
     export_gguf(packed, model, tmp_path / "x.gguf")
@@ -280,6 +293,27 @@ def test_gguf_of_another_architecture_keeps_its_names(tmp_path: Path) -> None:
     found = gguf_tensors(tmp_path / "x.gguf")
     np.testing.assert_array_equal(found["a.weight"], packed["a"].dequantize())
     np.testing.assert_array_equal(found["a.bias"], np.ones(4))
+
+
+def test_a_table_of_embeddings_that_is_stored_as_the_head_is_exported_as_both(tmp_path: Path, llama: Path) -> None:
+    """A tied checkpoint may hold the shared tensor under the name of the head alone."""
+    (tmp_path / "m").mkdir()
+    tensors = load_file(llama / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = open_model(tmp_path / "m")
+    packed = quantized(model, get_format("int-w4g32"))
+    export_gguf(packed, model, tmp_path / "x.gguf")
+    found = gguf_tensors(tmp_path / "x.gguf")
+    np.testing.assert_array_equal(found["token_embd.weight"], tensors["lm_head.weight"])
+    np.testing.assert_array_equal(found["output.weight"], packed["lm_head"].dequantize())
+    export_compressed_tensors(packed, model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], tensors["lm_head.weight"])
+    assert "lm_head.weight" not in stored
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.shared
