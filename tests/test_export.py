@@ -29,7 +29,7 @@ from termwise.algorithms.quantize import QuantizedTensor, quantize
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose layers have 64 or 96 inputs, with fewer key than query heads and biases."""
+    """A random Llama whose layers have 64 or 96 inputs, with fewer key than query heads."""
     folder = tmp_path_factory.mktemp("llama") / "small"
     torch.manual_seed(7)
     configuration = transformers.LlamaConfig(
@@ -251,6 +251,25 @@ def test_gguf_keeps_bfloat16_and_has_the_tokenizer(tmp_path: Path, small_model: 
     assert tokens == sorted(vocabulary, key=vocabulary.__getitem__)
     assert reader.fields["tokenizer.ggml.model"].contents() == "gpt2"
     assert reader.fields["tokenizer.ggml.bos_token_id"].contents() == 0
+
+
+def test_gguf_has_the_biases_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    configuration = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_bias=True,
+    )
+    module = transformers.LlamaForCausalLM(configuration)
+    biases = torch.arange(32, dtype=torch.float32)
+    module.model.layers[0].self_attn.q_proj.bias.data = biases
+    module.save_pretrained(tmp_path / "m")
+    export_gguf({}, open_model(tmp_path / "m"), tmp_path / "x.gguf")
+    found = gguf_tensors(tmp_path / "x.gguf")["blk.0.attn_q.bias"]
+    np.testing.assert_array_equal(found[:4], [0, 8, 1, 9])
+    np.testing.assert_array_equal(unpermuted(found[:, None], 2)[:, 0], biases)
 
 
 @pytest.mark.parametrize(
