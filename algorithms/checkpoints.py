@@ -72,13 +72,10 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
         self.files, index = _files_and_index(directory)
         self._headers: dict[str, TensorHeader] = {}
-        self._opened: dict[Path, Any] = {}
         for file in self.files:
-            self._opened[file] = open_safetensors(file)
-            for header in read_headers(file, self._opened[file]):
+            for header in read_headers(file, open_safetensors(file)):
                 if header.name in self._headers:
                     other = self._headers[header.name].file.name
                     raise InputError(
@@ -91,20 +88,19 @@ class SafetensorsCheckpoint:
                     f"{directory / shard} lacks the tensor {name!r}; the index of the checkpoint names it there"
                 )
 
-    def __reduce__(self) -> tuple[type[SafetensorsCheckpoint], tuple[Path]]:
-        """Another process opens the files anew: what holds them open cannot be sent."""
-        return SafetensorsCheckpoint, (self._directory,)
-
     @property
     def headers(self) -> Mapping[str, TensorHeader]:
         """The header of every tensor, by its name in the checkpoint."""
         return self._headers
 
     def read(self, name: str, *, transposed: bool = False) -> NDArray[np.float16] | NDArray[np.float32]:
-        """As ``Checkpoint.read``. Holds the result and one chunk of about 1 M elements, nothing else."""
+        """As ``Checkpoint.read``. Holds the result and one chunk of about 1 M elements, nothing else.
+
+        The file is mapped into memory for this call only, so that a large model does not fill it page by page.
+        """
         header = self._headers[name]
         check_weight(header)
-        stored = self._opened[header.file].get_slice(name)
+        stored = open_safetensors(header.file).get_slice(name)
         result: NDArray[Any] = np.empty(
             header.shape[::-1] if transposed else header.shape,
             dtype=np.float16 if header.dtype == "F16" else np.float32,

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +181,10 @@ class PackedModelWriter:
         file = self._layer_file(name)
         if not file.is_file():
             return None
-        opened = {file: open_safetensors(file)}
-        headers = {header.name: header for header in read_headers(file, opened[file])}
+        headers = {header.name: header for header in read_headers(file, open_safetensors(file))}
         format, shape = self._formats[name], self._shapes[name]
         _check_parts(name, format, shape, headers, file)
-        return _read_layer(name, format, shape, headers, opened)
+        return _read_layer(name, format, shape, headers)
 
     def add(self, name: str, tensor: QuantizedTensor) -> None:
         """Keep the finished layer ``name``: it is on the disk when this returns.
@@ -367,8 +366,7 @@ class PackedModel(Mapping[str, QuantizedTensor]):
         if not directory.is_dir():
             raise InputError(f"cannot read {directory}: no such directory; expected {_WRITTEN_BY}")
         checkpoint = SafetensorsCheckpoint(directory)
-        self._opened = {file: open_safetensors(file) for file in checkpoint.files}
-        description, where = self._description()
+        description, where = self._description(checkpoint.files)
         self.datatypes: Mapping[str, Mapping[str, Any]] = description["datatypes"]
         self.settings: Mapping[str, str] = description["settings"]
         for name, definition in self.datatypes.items():
@@ -385,11 +383,11 @@ class PackedModel(Mapping[str, QuantizedTensor]):
         for name, headers in self._headers.items():
             _check_parts(name, self.formats[name], self.shapes[name], headers, directory)
 
-    def _description(self) -> tuple[dict[str, Any], str]:
+    def _description(self, files: Iterable[Path]) -> tuple[dict[str, Any], str]:
         """The ``quantization_config`` that all files and config.json agree on, and where it stands."""
         found: dict[Path, tuple[Any, str]] = {}
-        for file, opened in self._opened.items():
-            text = (opened.metadata() or {}).get(_CONFIG_KEY)
+        for file in files:
+            text = (open_safetensors(file).metadata() or {}).get(_CONFIG_KEY)
             if text is None:
                 raise InputError(f"{file} was not written by termwise; expected {_WRITTEN_BY}")
             found[file] = _parsed(text, f"{file}: {_CONFIG_KEY} of its metadata")
@@ -405,7 +403,7 @@ class PackedModel(Mapping[str, QuantizedTensor]):
         return _checked_description(found[first][0], where), where
 
     def __getitem__(self, name: str) -> QuantizedTensor:
-        return _read_layer(name, self.formats[name], self.shapes[name], self._headers[name], self._opened)
+        return _read_layer(name, self.formats[name], self.shapes[name], self._headers[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)
@@ -515,13 +513,10 @@ def _check_parts(
 
 
 def _read_layer(
-    name: str,
-    format: Format,
-    shape: tuple[int, int],
-    headers: Mapping[str, TensorHeader],
-    opened: Mapping[Path, Any],
+    name: str, format: Format, shape: tuple[int, int], headers: Mapping[str, TensorHeader]
 ) -> QuantizedTensor:
-    """The layer ``name`` from the tensors ``headers``, which have been checked; ``opened`` are the files."""
+    """The layer ``name`` from the tensors ``headers``, which have been checked. No file stays open."""
+    opened = {file: open_safetensors(file) for file in {header.file for header in headers.values()}}
     parts: dict[str, NDArray[np.generic]] = {
         key.removeprefix(f"{name}.weight."): opened[header.file].get_tensor(key) for key, header in headers.items()
     }

@@ -5,8 +5,7 @@
 Writes a checkpoint of random FP16 weights in shards (12.6 GB with all 32 layers) to a temporary folder, quantizes it
 in a process that is killed (SIGKILL) after half of its matrices, and resumes in a second one, which finishes. Each
 reports the peak of its anonymous memory (sampled every 10 ms) and the peak of its resident memory, which also counts
-pages of the checkpoint that are mapped from the file and that the kernel takes back when it needs them. Prints one
-JSON document.
+the code of all libraries and the pages of the tensor that is mapped from the checkpoint. Prints one JSON document.
 """
 
 from __future__ import annotations
