@@ -55,3 +55,9 @@ def held_out_text() -> Text:
     """Python's own documentation, the topics that ``tiny`` was not trained on, from the Python that runs this."""
     documents = tuple(corpus.held_out_documents())
     return Text(name="held-out topics of pydoc", documents=documents, digest=corpus.digest(documents))
+
+
+def calibration_text() -> Text:
+    """Python's own documentation, topics that ``tiny`` was trained on; no long paragraph of it is held out."""
+    documents = tuple(corpus.training_topics())
+    return Text(name="training topics of pydoc", documents=documents, digest=corpus.digest(documents))

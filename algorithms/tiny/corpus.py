@@ -49,6 +49,12 @@ def held_out_documents() -> list[str]:
     return [text for name, text in sorted(topics.items()) if is_held_out(name)]
 
 
+def training_topics() -> list[str]:
+    """The training documents among the topics; needs no scan of the standard library."""
+    documents = [text for name, text in sorted(topics.items()) if not is_held_out(name)]
+    return drop_shared_paragraphs(documents, held_out_documents())
+
+
 def training_groups() -> dict[str, list[str]]:
     """The training documents by origin: ``topics``, ``docstrings`` (one per module) and ``source`` (one per module).
 
