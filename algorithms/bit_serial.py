@@ -3,10 +3,13 @@
 Quantizer (section III-B, Algorithm 1; section III-C). Candidates in the order of the paper: extra resolution +, -,
 extra asymmetry +, -. A group's type is the one with the least squared error at the scale max |w| / max |level|, the
 first of equals, in exact arithmetic (the authors' script squares in FP16, where small errors vanish and wrong types
-are chosen). Then the scales of one output channel are quantized once to 8 bits: channel scale = max(scales) / 127 in
-FP32, group scale = scale / channel scale rounded to nearest even, at least 1 (Equation 1, as in VS-Quant; the
-authors' script uses 255). Weights go to the nearest level for the product of both scales. An all-zero group has the
-group scale 1, an all-zero channel also the channel scale 1.
+are chosen; ``compat=authors-fp16`` selects as it does). Then the scales of one output channel are quantized once to 8
+bits: channel scale = max(scales) / 127 in FP32, group scale = scale / channel scale rounded to nearest even, at least
+1 (Equation 1, as in VS-Quant; the authors' script uses 255). Weights go to the nearest level for the product of both
+scales. An all-zero group has the group scale 1, an all-zero channel also the channel scale 1.
+
+INT6 and INT8, which the PE takes as Booth digits without loss, have the same two levels of scales. The table of special
+values is programmable in the hardware, so a format may name others (``special``).
 
 An extra-asymmetry type scales by its special value's magnitude whichever sign the group's extreme has, as Algorithm 1
 says; an extreme of the other sign saturates.
@@ -14,6 +17,7 @@ says; an extreme of the other sign saturates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,9 +28,12 @@ from termwise.algorithms import grid
 from termwise.algorithms.datatypes import DataType
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
-from termwise.algorithms.integer import Parts, empty_parts
+from termwise.algorithms.integer import Parts, empty_parts, grid_tables
 from termwise.algorithms.packing import pack, unpack
 from termwise.algorithms.processing_element import UnsupportedFormatError
+
+AUTHORS = "authors-fp16"
+"""Value of the option ``compat`` that selects by the authors' arithmetic."""
 
 SCALE_MAX = 127
 """Largest quantized group scale (BitMoD Equation 1: symmetric 8 bits)."""
@@ -108,29 +115,80 @@ def quantize_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDA
     return np.clip(np.rint(scales / channel[:, None]), 1, SCALE_MAX).astype(np.uint8), channel
 
 
-def quantize(weights: grid.Weights, format: Format) -> Parts:
-    """``codes``, ``selectors``, ``group_scales`` and ``channel_scales`` of ``weights`` [outputs, inputs]."""
+def fit(weights: grid.Weights, format: Format) -> Parts:
+    """``selectors`` (where there is a choice), ``group_scales`` and ``channel_scales`` of [outputs, inputs]."""
     parts = empty_parts(weights, format)
     group_size = format.group_size or weights.shape[1]
-    tables = grid.Tables(format.datatypes)
     maxima = np.array([datatype.maximum for datatype in format.datatypes])
     for rows, block in grid.row_blocks(weights):
-        chosen, largest = grid.choose(block, group_size, format.datatypes, tables)
-        group_scales, channel_scales = quantize_scales(largest / maxima[chosen])
-        parts["group_scales"][rows] = group_scales
-        parts["channel_scales"][rows] = channel_scales
-        parts["selectors"][rows] = pack(chosen, format.selector_bits)
-        codes = grid.encode(block, group_size, _products(group_scales, channel_scales), chosen, tables)
-        parts["codes"][rows] = pack(codes, format.weight_bits)
+        chosen, largest = choose(block, group_size, format)
+        parts["group_scales"][rows], parts["channel_scales"][rows] = quantize_scales(largest / maxima[chosen])
+        if format.selector_bits:
+            parts["selectors"][rows] = pack(chosen, format.selector_bits)
     return parts
 
 
-def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
-    """Exact inverse of the encoding: float32 [outputs, inputs]."""
-    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
+def choose(
+    weights: NDArray[np.float32], group_size: int, format: Format
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Index of every group's data type, uint8 [rows, groups], and its largest magnitude, float64 [rows, groups]."""
+    if len(format.datatypes) == 1:
+        starts = np.arange(0, weights.shape[1], group_size)
+        largest = np.maximum.reduceat(np.abs(weights), starts, axis=1)
+        return np.zeros(largest.shape, dtype=np.uint8), largest.astype(np.float64)
+    chosen, largest = grid.choose(weights, group_size, format.datatypes, grid_tables(format.datatypes))
+    if format.option("compat") == AUTHORS:
+        chosen = authors_choice(weights, group_size, format.datatypes)
+    return chosen, largest.astype(np.float64)
+
+
+def authors_choice(weights: NDArray[np.float32], group_size: int, datatypes: Sequence[DataType]) -> NDArray[np.uint8]:
+    """The data type that the authors' script chooses for every group of ``weights``: uint8 [rows, groups].
+
+    It holds weights, scales, values, errors and their squares in FP16, so that squares underflow, and takes the mean
+    over a group of errors as the script does (a wider sum, rounded once to FP16). Scales are clamped to 1e-5 .. 1e4; a
+    candidate must have an error below 1000. Raises ``InputError`` where none has one: the script makes such a group
+    zero without saying so.
+    """
+    rows, inputs = weights.shape
+    groups = -(-inputs // group_size)
+    padded = np.zeros((rows, groups * group_size), dtype=np.float16)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        padded[:, :inputs] = weights.astype(np.float16)
+        halves = padded.reshape(rows, groups, group_size)
+        counts = np.full(groups, group_size)
+        counts[-1] = inputs - (groups - 1) * group_size
+        largest = np.abs(halves).max(axis=2, keepdims=True)
+        best = np.full((rows, groups), 1000, dtype=np.float16)
+        chosen = np.full((rows, groups), len(datatypes), dtype=np.uint8)
+        for index, datatype in enumerate(datatypes):
+            levels = np.array(datatype.sorted_numerators, dtype=np.float16)
+            scales = np.clip(largest / np.float16(datatype.max_numerator), np.float16(1e-5), np.float16(1e4))
+            middles = (levels[1:].astype(np.float64) + levels[:-1]) / 2
+            values = levels[np.searchsorted(middles, halves / scales)] * scales
+            squares = (values - halves) ** np.float16(2)
+            error = (squares.sum(axis=2, dtype=np.float64) / counts).astype(np.float16)
+            better = error < best
+            best[better] = error[better]
+            chosen[better] = index
+    lost = int(np.count_nonzero(chosen == len(datatypes)))
+    if lost:
+        raise InputError(
+            f"the authors' FP16 arithmetic finds no data type for {lost} groups, and would make them zero; expected "
+            "weights whose mean squared error is a number below 1000"
+        )
+    return chosen
+
+
+def coder(parts: Parts, format: Format, inputs: int) -> grid.Grid:
+    """Levels of every group's data type × the product of both scales."""
     scales = _products(parts["group_scales"], parts["channel_scales"])
-    return grid.decode(codes, format.group_size or inputs, scales, chosen, grid.Tables(format.datatypes))
+    chosen = np.zeros(scales.shape, dtype=np.uint8)
+    if format.selector_bits:
+        chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, scales.shape[1])
+    return grid.Grid(
+        group_size=format.group_size or inputs, scales=scales, chosen=chosen, tables=grid_tables(format.datatypes)
+    )
 
 
 def _products(group_scales: NDArray[np.generic], channel_scales: NDArray[np.generic]) -> NDArray[np.float64]:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from termwise.algorithms import grid
 from termwise.algorithms.formats import Format
-from termwise.algorithms.integer import Parts, empty_parts, half_scales
+from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
 from termwise.algorithms.packing import pack, unpack
 from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
 
@@ -53,25 +52,24 @@ def reads_integers_and_flint(weights: Format) -> bool:
     return all(datatype.integer or datatype.name.startswith("flint") for datatype in weights.datatypes)
 
 
-def quantize(weights: grid.Weights, format: Format) -> Parts:
-    """``codes``, ``scales`` and ``selectors`` of ``weights`` [outputs, inputs]."""
+def fit(weights: grid.Weights, format: Format) -> Parts:
+    """``scales`` and ``selectors`` of ``weights`` [outputs, inputs]."""
     parts = empty_parts(weights, format)
     group_size = format.group_size or weights.shape[1]
-    tables = grid.Tables(format.datatypes)
     maxima = np.array([datatype.maximum for datatype in format.datatypes])
     for rows, block in grid.row_blocks(weights):
-        chosen, largest = grid.choose(block, group_size, format.datatypes, tables)
-        scales = half_scales(largest / maxima[chosen])
-        parts["scales"][rows] = scales
+        chosen, largest = grid.choose(block, group_size, format.datatypes, grid_tables(format.datatypes))
+        parts["scales"][rows] = half_scales(largest / maxima[chosen])
         parts["selectors"][rows] = pack(chosen, format.selector_bits)
-        codes = grid.encode(block, group_size, scales.astype(np.float64), chosen, tables)
-        parts["codes"][rows] = pack(codes, format.weight_bits)
     return parts
 
 
-def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
-    """Exact inverse of the encoding: float32 [outputs, inputs]."""
-    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    chosen = unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, format.groups(inputs))
-    scales = parts["scales"].astype(np.float64)
-    return grid.decode(codes, format.group_size or inputs, scales, chosen, grid.Tables(format.datatypes))
+def coder(parts: Parts, format: Format, inputs: int) -> grid.Grid:
+    """Levels of every group's data type × the stored scales."""
+    groups = format.groups(inputs)
+    return grid.Grid(
+        group_size=format.group_size or inputs,
+        scales=parts["scales"].astype(np.float64),
+        chosen=unpack(parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, groups),
+        tables=grid_tables(format.datatypes),
+    )

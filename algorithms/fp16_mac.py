@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
-from termwise.algorithms.integer import Parts, empty_parts
+from termwise.algorithms.integer import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,9 @@ class Fp16MacSpec:
         return 16.0
 
 
-def quantize(weights: Weights, format: Format) -> Parts:
+def quantize(weights: Weights) -> Parts:
     """``values``: ``weights`` [outputs, inputs] rounded to FP16. Raises ``InputError`` where one is too large."""
-    parts = empty_parts(weights, format)
+    result = np.empty(weights.shape, dtype=np.float16)
     for rows, block in row_blocks(weights):
         with np.errstate(over="ignore"):
             values = block.astype(np.float16)
@@ -48,10 +47,5 @@ def quantize(weights: Weights, format: Format) -> Parts:
             raise InputError(
                 f"a weight of {np.abs(block).max():.4g} has no FP16 value; expected magnitudes up to 65504"
             )
-        parts["values"][rows] = values
-    return parts
-
-
-def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:  # noqa: ARG001
-    """The FP16 values as float32 [outputs, inputs]."""
-    return parts["values"].astype(np.float32)
+        result[rows] = values
+    return {"values": result}

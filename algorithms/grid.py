@@ -5,8 +5,8 @@ The two steps that cost time stand here once, as Numba kernels with a Python ref
 
 * ``choose``: which data type gives a group the least squared error, when its scale is max |w| / max |level|
   (BitMoD, Algorithm 1). The first of equals wins.
-* ``encode``: the code of the level nearest to each weight, for a scale that is given. A weight midway between two
-  levels takes the lower (more negative) one.
+* ``Grid.encode``: the code of the level nearest to each weight, for a scale that is given. A weight midway between two
+  levels takes the lower (more negative) one, or what another ``Rounding`` says.
 
 Both are exact. Weights are binary fractions of at most 24 significant bits and levels integers of at most 8, so a
 weight is compared with a threshold without rounding. Only the sums of squared errors round: where two candidates come
@@ -18,13 +18,15 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from termwise.algorithms.datatypes import DataType
+from termwise.algorithms.datatypes import DataType, Rounding
 from termwise.algorithms.errors import InputError
 
 Weights = NDArray[np.float16] | NDArray[np.float32]
@@ -41,8 +43,9 @@ class Tables:
 
     Attributes:
         codes: the code of every level in ascending order, uint8 [types, lengths]; padded with the last.
-        thresholds: sums of neighbouring numerators (twice their midpoints), float64 [types, lengths - 1]; padded with
-            infinity.
+        thresholds: twice the numerator above which a weight takes the next level, float64 [types, lengths - 1]: the sum
+            of two neighbours, unless the rounding is ``floor``; padded with infinity.
+        ties_up: whether a weight at the threshold takes the next level too, bool, like ``thresholds``.
         levels: level by code, float64 [types, 2**bits]; NaN where a code is no level.
         units: levels per numerator, 2**fraction_bits, float64 [types].
         divisors: largest magnitude among the numerators, float64 [types].
@@ -53,10 +56,11 @@ class Tables:
         own: a type's other numerators, float64 [types, width], padded with its first level.
     """
 
-    def __init__(self, datatypes: Sequence[DataType]) -> None:
+    def __init__(self, datatypes: Sequence[DataType], rounding: Rounding = "lower") -> None:
         length = 1 << max(len(datatype.sorted_codes) - 1 for datatype in datatypes).bit_length()
         self.codes = np.empty((len(datatypes), length), dtype=np.uint8)
         self.thresholds = np.full((len(datatypes), length - 1), np.inf)
+        self.ties_up = np.zeros(self.thresholds.shape, dtype=np.bool_)
         self.levels = np.full((len(datatypes), 1 << max(datatype.bits for datatype in datatypes)), np.nan)
         self.units = np.array([float(1 << datatype.fraction_bits) for datatype in datatypes])
         self.divisors = np.array([float(datatype.max_numerator) for datatype in datatypes])
@@ -66,7 +70,16 @@ class Tables:
             count = len(numerators)
             self.codes[index, :count] = datatype.sorted_codes
             self.codes[index, count:] = datatype.sorted_codes[-1]
-            self.thresholds[index, : count - 1] = numerators[1:] + numerators[:-1]
+            upper = numerators[1:]
+            self.thresholds[index, : count - 1] = upper + numerators[:-1]
+            if rounding == "floor":
+                self.thresholds[index, : count - 1] = 2 * np.where(upper > 0, upper, numerators[:-1])
+            self.ties_up[index, : count - 1] = {
+                "lower": False,
+                "even": self.codes[index, 1:count] % 2 == 0,
+                "nearest": upper > 0,
+                "floor": upper > 0,
+            }[rounding]
             self.levels[index, list(datatype.sorted_codes)] = datatype.levels
         common: list[list[int]] = []
         own: list[list[int]] = []
@@ -206,6 +219,13 @@ def _below(value: float) -> np.float32:
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _strictly_below(value: float) -> np.float32:
+    """Greatest float32 below ``value``: a float32 is at least ``value`` exactly when it exceeds this."""
+    rounded = np.float32(value)
+    return np.nextafter(rounded, np.float32(-np.inf)) if rounded >= value else rounded
+
+
 @njit  # type: ignore[untyped-decorator]
 def _encode_row(
     weights: NDArray[np.float32],
@@ -213,6 +233,7 @@ def _encode_row(
     scales: NDArray[np.float64],
     chosen: NDArray[np.uint8],
     thresholds: NDArray[np.float64],
+    ties_up: NDArray[np.bool_],
     code_of_rank: NDArray[np.uint8],
     codes: NDArray[np.uint8],
 ) -> None:
@@ -225,7 +246,8 @@ def _encode_row(
         count = min(group_size, weights.size - start)
         part = weights[start : start + count]
         for rank in range(ranks_in_all - 1):
-            limits[rank] = _below(0.5 * scales[group] * thresholds[candidate, rank])
+            threshold = 0.5 * scales[group] * thresholds[candidate, rank]
+            limits[rank] = _strictly_below(threshold) if ties_up[candidate, rank] else _below(threshold)
         if ranks_in_all <= 16:  # count the limits below each weight, many weights at once
             for column in range(count):
                 ranks[column] = 0
@@ -256,11 +278,12 @@ def _encode(
     scales: NDArray[np.float64],
     chosen: NDArray[np.uint8],
     thresholds: NDArray[np.float64],
+    ties_up: NDArray[np.bool_],
     code_of_rank: NDArray[np.uint8],
     codes: NDArray[np.uint8],
 ) -> None:
     for row in prange(weights.shape[0]):
-        _encode_row(weights[row], group_size, scales[row], chosen[row], thresholds, code_of_rank, codes[row])
+        _encode_row(weights[row], group_size, scales[row], chosen[row], thresholds, ties_up, code_of_rank, codes[row])
 
 
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -351,50 +374,64 @@ def choose(
     return chosen, largest
 
 
-def encode(
-    weights: NDArray[np.float32],
-    group_size: int,
-    scales: NDArray[np.float64],
-    chosen: NDArray[np.uint8],
-    tables: Tables,
-) -> NDArray[np.uint8]:
-    """Codes of the levels nearest to ``weights``.
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The values that the weights of a matrix may take: of every group the levels of one data type times a scale.
 
-    Args:
-        weights: float32 [rows, columns], finite.
-        group_size: columns of a group.
+    Attributes:
+        group_size: columns of a group; the last group of a row may be shorter.
         scales: positive scale per group, float64 [rows, groups], of at most 32 significant bits.
         chosen: index of each group's data type, uint8 [rows, groups].
-        tables: the data types.
-
-    Returns:
-        uint8 [rows, columns].
+        tables: the data types, and how a weight is rounded to a level.
     """
-    codes = np.empty(weights.shape, dtype=np.uint8)
-    units = scales / tables.units[chosen]
-    _encode(weights, group_size, units, chosen, tables.thresholds, tables.codes, codes)
-    return codes
+
+    group_size: int
+    scales: NDArray[np.float64]
+    chosen: NDArray[np.uint8]
+    tables: Tables
+    column_step: ClassVar[int] = 1
+
+    def _part(self, rows: slice, columns: slice) -> tuple[int, NDArray[np.float64], NDArray[np.uint8]]:
+        """Group size, scales and data types of a part of the matrix."""
+        if columns == slice(None):
+            return self.group_size, self.scales[rows], self.chosen[rows]
+        groups = np.arange(columns.start, columns.stop) // self.group_size
+        return 1, self.scales[rows][:, groups], self.chosen[rows][:, groups]
+
+    def encode(
+        self, weights: NDArray[np.float32], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.uint8]:
+        """Codes of the levels nearest to ``weights``, float32 [rows, columns], finite: uint8 of the same shape."""
+        group_size, scales, chosen = self._part(rows, columns)
+        codes = np.empty(weights.shape, dtype=np.uint8)
+        units = scales / self.tables.units[chosen]
+        tables = self.tables
+        _encode(weights, group_size, units, chosen, tables.thresholds, tables.ties_up, tables.codes, codes)
+        return codes
+
+    def decode(
+        self, codes: NDArray[np.uint8], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.float32]:
+        """Level × scale of every code, uint8 [rows, columns], rounded once to float32."""
+        group_size, scales, chosen = self._part(rows, columns)
+        decoded = np.empty(codes.shape, dtype=np.float32)
+        _decode(codes, group_size, scales, chosen, self.tables.levels, decoded)
+        return decoded
 
 
-def decode(
-    codes: NDArray[np.uint8],
-    group_size: int,
-    scales: NDArray[np.float64],
-    chosen: NDArray[np.uint8],
-    tables: Tables,
-) -> NDArray[np.float32]:
-    """Level × scale of every code, rounded once to float32.
+class Coder(Protocol):
+    """The codes of a matrix whose scales are settled: what ``Grid`` is, and what other families have in its place.
 
-    Args:
-        codes: uint8 [rows, columns].
-        group_size: columns of a group.
-        scales: float64 [rows, groups].
-        chosen: index of each group's data type, uint8 [rows, groups].
-        tables: the data types.
+    ``column_step``: columns that must be encoded together, 1 or a pair.
     """
-    decoded = np.empty(codes.shape, dtype=np.float32)
-    _decode(codes, group_size, scales, chosen, tables.levels, decoded)
-    return decoded
+
+    column_step: ClassVar[int]
+
+    def encode(self, weights: NDArray[np.float32], rows: slice = ..., columns: slice = ...) -> NDArray[np.uint8]:
+        """Codes of the part ``weights`` of the matrix."""
+
+    def decode(self, codes: NDArray[np.uint8], rows: slice = ..., columns: slice = ...) -> NDArray[np.float32]:
+        """Values of the part ``codes`` of the matrix, float32."""
 
 
 def row_blocks(weights: Weights) -> Iterator[tuple[slice, NDArray[np.float32]]]:

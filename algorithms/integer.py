@@ -5,6 +5,9 @@ not used). Any other data type with a zero (``fp6_e2m3-w6g128``) is quantized li
 Asymmetric: scale = (max - min) / (2**bits - 1) with 0 inside [min, max], zero point = -min / scale rounded to nearest
 even; the level of a code is (code - zero point) × scale. Scales are FP16, and weights go to the level nearest for the
 FP16 scale that is stored; 24 bits per group for the asymmetric type, as BitMoD section III-C counts them.
+
+One data type may also have scales that are powers of two (``scale=e8m0``, which makes MX of an element type: OCP
+section 6.3) or E4M3 numbers under one FP32 scale of the matrix (``scale=e4m3``, which makes NVFP4 of E2M1).
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms import grid
-from termwise.algorithms.datatypes import DataType
+from termwise.algorithms.datatypes import DataType, Rounding, get_datatype
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
-from termwise.algorithms.packing import pack, unpack
 
 Parts = dict[str, NDArray[np.generic]]
+
+E8M0_BIAS = 127
+"""An E8M0 code is a power of two's exponent plus this (OCP section 5.4.1)."""
 
 
 def half_scales(scales: NDArray[np.float64]) -> NDArray[np.float16]:
@@ -36,28 +41,69 @@ def half_scales(scales: NDArray[np.float64]) -> NDArray[np.float16]:
     return stored
 
 
-def quantize_symmetric(weights: grid.Weights, format: Format) -> Parts:
-    """``codes`` and ``scales`` of ``weights`` [outputs, inputs] on the levels of the format's one data type."""
+_E4M3 = get_datatype("fp8_e4m3")
+
+
+def fit_symmetric(weights: grid.Weights, format: Format) -> Parts:
+    """``scales`` of ``weights`` [outputs, inputs], and ``tensor_scale`` under scales in E4M3."""
     parts = empty_parts(weights, format)
-    group_size = format.group_size or weights.shape[1]
-    tables = grid.Tables(format.datatypes)
-    starts = np.arange(0, weights.shape[1], group_size)
+    starts = np.arange(0, weights.shape[1], format.group_size or weights.shape[1])
+    largest = np.empty(parts["scales"].shape)
     for rows, block in grid.row_blocks(weights):
-        largest = np.maximum.reduceat(np.abs(block), starts, axis=1).astype(np.float64)
-        scales = half_scales(largest / format.datatypes[0].maximum)
-        parts["scales"][rows] = scales
-        only = np.zeros(scales.shape, dtype=np.uint8)
-        codes = grid.encode(block, group_size, scales.astype(np.float64), only, tables)
-        parts["codes"][rows] = pack(codes, format.weight_bits)
+        largest[rows] = np.maximum.reduceat(np.abs(block), starts, axis=1)
+    maximum = format.datatypes[0].maximum
+    if format.scale_type == "e8m0":
+        parts["scales"][:] = power_of_two_scales(largest, maximum)
+    elif format.scale_type == "e4m3":
+        parts["scales"][:], parts["tensor_scale"][0] = e4m3_scales(largest / maximum)
+    else:
+        parts["scales"][:] = half_scales(largest / maximum)
     return parts
 
 
-def dequantize_symmetric(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
-    """Exact inverse of the encoding: float32 [outputs, inputs]."""
-    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    only = np.zeros(parts["scales"].shape, dtype=np.uint8)
+def power_of_two_scales(largest: NDArray[np.float64], maximum: float) -> NDArray[np.uint8]:
+    """E8M0 scales, uint8 (exponent + 127), of groups whose largest magnitudes are ``largest`` (OCP section 6.3).
+
+    The exponent is floor(log2(largest)) - floor(log2(maximum)), the latter of the data type, clamped to -127 .. 127. An
+    all-zero group, of which the specification says nothing, has the scale 1.
+    """
+    exponents = np.frexp(largest)[1] - np.frexp(maximum)[1]
+    return np.where(largest == 0, E8M0_BIAS, np.clip(exponents, -E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).astype(np.uint8)
+
+
+def e4m3_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], np.float32]:
+    """E4M3 codes of the scales of groups, and the FP32 scale of the matrix above them (NVFP4).
+
+    The greatest scale becomes 448, the greatest E4M3 number. A scale that would round to zero becomes the least E4M3
+    number, so that no weight is lost to it. An all-zero matrix has the scale 1. Raises ``InputError`` when the scale
+    of the matrix is outside the normal range of FP32.
+    """
+    greatest = scales.max()
+    matrix = np.float32(greatest / _E4M3.maximum) if greatest else np.float32(1)
+    if matrix < np.finfo(np.float32).tiny:
+        raise InputError(f"the matrix needs the scale {matrix:.4g}; expected at least 1.2e-38, a normal FP32 number")
+    return np.maximum(_E4M3.encode(scales / np.float64(matrix), "even"), 1), matrix
+
+
+def symmetric_grid(parts: Parts, format: Format, inputs: int) -> grid.Grid:
+    """Levels of the one data type × the stored scales."""
     scales = parts["scales"].astype(np.float64)
-    return grid.decode(codes, format.group_size or inputs, scales, only, grid.Tables(format.datatypes))
+    if format.scale_type == "e8m0":
+        scales = np.ldexp(1.0, parts["scales"].astype(np.int64) - E8M0_BIAS)
+    elif format.scale_type == "e4m3":
+        scales = _E4M3.decode(parts["scales"].astype(np.uint8)) * parts["tensor_scale"].astype(np.float64)
+    return grid.Grid(
+        group_size=format.group_size or inputs,
+        scales=scales,
+        chosen=np.zeros(scales.shape, dtype=np.uint8),
+        tables=grid_tables(format.datatypes, format.rounding),
+    )
+
+
+@cache
+def grid_tables(datatypes: tuple[DataType, ...], rounding: Rounding = "lower") -> grid.Tables:
+    """``grid.Tables`` of the types, made once."""
+    return grid.Tables(datatypes, rounding)
 
 
 @cache
@@ -77,35 +123,32 @@ def _offset_tables(bits: int) -> grid.Tables:
     return grid.Tables(types)
 
 
-def quantize_asymmetric(weights: grid.Weights, format: Format) -> Parts:
-    """``codes``, ``scales`` and ``zero_points`` of ``weights`` [outputs, inputs] on a grid with a zero point."""
+def fit_asymmetric(weights: grid.Weights, format: Format) -> Parts:
+    """``scales`` and ``zero_points`` of ``weights`` [outputs, inputs]."""
     parts = empty_parts(weights, format)
-    inputs = weights.shape[1]
-    group_size = format.group_size or inputs
     top = (1 << format.weight_bits) - 1
-    tables = _offset_tables(format.weight_bits)
-    starts = np.arange(0, inputs, group_size)
+    starts = np.arange(0, weights.shape[1], format.group_size or weights.shape[1])
     for rows, block in grid.row_blocks(weights):
         least = np.minimum(np.minimum.reduceat(block, starts, axis=1), 0).astype(np.float64)
         greatest = np.maximum(np.maximum.reduceat(block, starts, axis=1), 0).astype(np.float64)
         scales = half_scales((greatest - least) / top)
-        exact = scales.astype(np.float64)
-        zeros = np.clip(np.rint(-least / exact), 0, top).astype(np.uint8)
         parts["scales"][rows] = scales
-        parts["zero_points"][rows] = zeros
-        parts["codes"][rows] = pack(grid.encode(block, group_size, exact, zeros, tables), format.weight_bits)
+        parts["zero_points"][rows] = np.clip(np.rint(-least / scales.astype(np.float64)), 0, top)
     return parts
 
 
-def dequantize_asymmetric(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
-    """Exact inverse of the encoding: float32 [outputs, inputs]."""
-    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs)
-    zeros = parts["zero_points"].astype(np.uint8, copy=False)
-    scales = parts["scales"].astype(np.float64)
-    return grid.decode(codes, format.group_size or inputs, scales, zeros, _offset_tables(format.weight_bits))
+def asymmetric_grid(parts: Parts, format: Format, inputs: int) -> grid.Grid:
+    """(code - zero point) × the stored scales."""
+    return grid.Grid(
+        group_size=format.group_size or inputs,
+        scales=parts["scales"].astype(np.float64),
+        chosen=parts["zero_points"].astype(np.uint8, copy=False),
+        tables=_offset_tables(format.weight_bits),
+    )
 
 
 def empty_parts(weights: grid.Weights, format: Format) -> Parts:
-    """Arrays of the shapes and types that ``format`` stores for ``weights`` [outputs, inputs], to be filled."""
+    """Arrays of the shapes and types that ``format`` stores beside the codes of ``weights``, to be filled."""
     outputs, inputs = weights.shape
-    return {name: np.empty(part.shape, dtype=part.dtype) for name, part in format.layout(outputs, inputs).items()}
+    layout = format.layout(outputs, inputs)
+    return {name: np.empty(part.shape, dtype=part.dtype) for name, part in layout.items() if name != "codes"}

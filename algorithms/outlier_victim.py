@@ -1,9 +1,9 @@
 """OliVe: outlier-victim pairs (ISCA 2023, section 3).
 
-Two neighbouring weights of a row form a pair (the last weight of an odd row with the padding of its byte). If the
-larger of them is an outlier, it is kept in an outlier type (abfloat) and its neighbour, the victim, becomes zero: the
-victim's place holds the identifier 1000, which is no code of a normal type, so the decoder knows which of the two is
-the outlier. Of two outliers the larger survives; at equal magnitude the right one (Algorithm 1; the authors' script
+Two neighbouring weights of a row form a pair; the last weight of an odd row has no partner and is never an outlier. If
+the larger of them is an outlier, it is kept in an outlier type (abfloat) and its neighbour, the victim, becomes zero:
+the victim's place holds the identifier 1000, which is no code of a normal type, so the decoder knows which of the two
+is the outlier. Of two outliers the larger survives; at equal magnitude the right one (Algorithm 1; the authors' script
 keeps the left one and pairs over the flattened tensor).
 
 Normal types int4 (0 .. ±7) with abfloat bias 2 (±12 .. ±96), or flint4 (0 .. ±16) with bias 3 (±24 .. ±192); one
@@ -32,8 +32,7 @@ from termwise.algorithms import grid
 from termwise.algorithms.datatypes import get_datatype
 from termwise.algorithms.flint import reads_integers_and_flint
 from termwise.algorithms.formats import Format
-from termwise.algorithms.integer import Parts, empty_parts, half_scales
-from termwise.algorithms.packing import pack, unpack
+from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
 from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
 
 NORMAL_TYPES = (get_datatype("int4"), get_datatype("flint4"))
@@ -129,11 +128,7 @@ def _group_error(
         if total > best:
             return np.inf
     if count % 2:
-        left = abs(weights[count - 1]) * inverse
-        difference = errors[count - 1]
-        if left > limit:
-            difference = left - _outlier_level(_outlier_code(left, bias), bias)
-        total += difference * difference
+        total += errors[count - 1] * errors[count - 1]
     return total * scale * scale
 
 
@@ -186,14 +181,12 @@ def _replace_outliers(
     bias: int,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Overwrite the ``codes`` [rows, columns, made even] of the pairs that hold a weight above ``limit`` × scale."""
+    """Overwrite the ``codes`` [rows, columns] of the pairs that hold a weight above ``limit`` × scale."""
     for row in prange(weights.shape[0]):
-        for index in range(0, weights.shape[1], 2):
+        for index in range(0, weights.shape[1] - 1, 2):
             scale = scales[row, index // group_size]
             left = np.float64(weights[row, index]) / scale
-            right = 0.0
-            if index + 1 < weights.shape[1]:
-                right = np.float64(weights[row, index + 1]) / scale
+            right = np.float64(weights[row, index + 1]) / scale
             if abs(left) > limit and abs(left) > abs(right):
                 codes[row, index] = _outlier_code(abs(left), bias) | (IDENTIFIER if left < 0 else 0)
                 codes[row, index + 1] = IDENTIFIER
@@ -211,13 +204,15 @@ def _decode(
     outlier: NDArray[np.float64],
     decoded: NDArray[np.float32],
 ) -> None:
-    """``codes`` [rows, columns made even] to ``decoded`` [rows, columns]; a code beside an identifier is an outlier."""
+    """``codes`` to ``decoded``, both [rows, columns]; a code beside an identifier is an outlier."""
     for row in prange(decoded.shape[0]):
         for column in range(decoded.shape[1]):
             code = codes[row, column]
+            other = column ^ 1
             level = 0.0
             if code != IDENTIFIER:
-                level = outlier[code] if codes[row, column ^ 1] == IDENTIFIER else normal[code]
+                is_outlier = other < codes.shape[1] and codes[row, other] == IDENTIFIER
+                level = outlier[code] if is_outlier else normal[code]
             decoded[row, column] = np.float32(level * scales[row, column // group_size])
 
 
@@ -244,12 +239,11 @@ def _least_outlier(index: int) -> float:
     return min(level for level in OUTLIER_TYPES[index].levels if level > 0)
 
 
-def quantize(weights: grid.Weights, format: Format) -> Parts:
-    """``codes``, ``scales`` and ``normal_type`` of ``weights`` [outputs, inputs]."""
+def fit(weights: grid.Weights, format: Format) -> Parts:
+    """``scales`` and ``matrix_type`` of ``weights`` [outputs, inputs]."""
     parts = empty_parts(weights, format)
     outputs, inputs = weights.shape
     group_size = format.group_size or inputs
-    tables = grid.Tables(NORMAL_TYPES)
     scales = np.empty((len(NORMAL_TYPES), outputs, format.groups(inputs)))
     totals = np.zeros(len(NORMAL_TYPES))
     for rows, block in grid.row_blocks(weights):
@@ -260,24 +254,55 @@ def quantize(weights: grid.Weights, format: Format) -> Parts:
             _search(block, group_size, candidates, levels, bias, _least_outlier(index), scales[index, rows], errors)
             totals[index] += errors.sum()
     best = int(np.argmin(totals))
-    parts["normal_type"][0] = best
+    parts["matrix_type"][0] = best
     parts["scales"][:] = scales[best]
-    for rows, block in grid.row_blocks(weights):
-        chosen = np.full(scales.shape[1:], best, dtype=np.uint8)[rows]
-        codes = grid.encode(block, group_size, scales[best, rows], chosen, tables)
-        codes = np.pad(codes, ((0, 0), (0, inputs % 2)))
-        _replace_outliers(block, group_size, scales[best, rows], _least_outlier(best), OUTLIER_BIASES[best], codes)
-        parts["codes"][rows] = pack(codes, format.weight_bits)
     return parts
 
 
-def dequantize(parts: Parts, format: Format, inputs: int) -> NDArray[np.float32]:
-    """Exact inverse of the encoding: float32 [outputs, inputs]."""
-    codes = unpack(parts["codes"].astype(np.uint8, copy=False), format.weight_bits, inputs + inputs % 2)
-    index = int(parts["normal_type"][0].astype(np.intp))
-    normal = grid.Tables(NORMAL_TYPES[index : index + 1]).levels[0]
-    outlier = grid.Tables(OUTLIER_TYPES[index : index + 1]).levels[0]
-    decoded = np.empty((codes.shape[0], inputs), dtype=np.float32)
-    scales = parts["scales"].astype(np.float64)
-    _decode(codes, format.group_size or inputs, scales, normal, outlier, decoded)
-    return decoded
+@dataclass(frozen=True, kw_only=True)
+class PairCoder:
+    """Outlier-victim pairs of a matrix whose scales and normal type are settled.
+
+    ``scales`` float64 [rows, groups]; ``index`` of the normal type.
+    """
+
+    group_size: int
+    scales: NDArray[np.float64]
+    index: int
+    column_step: ClassVar[int] = 2
+
+    def _part(self, rows: slice, columns: slice) -> tuple[int, NDArray[np.float64]]:
+        if columns == slice(None):
+            return self.group_size, self.scales[rows]
+        return 2, self.scales[rows][:, np.arange(columns.start, columns.stop, 2) // self.group_size]
+
+    def encode(
+        self, weights: NDArray[np.float32], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.uint8]:
+        """Codes of ``weights``, float32 [rows, columns], which begin with a whole pair: uint8 [rows, columns]."""
+        group_size, scales = self._part(rows, columns)
+        normal = grid_tables(NORMAL_TYPES[self.index : self.index + 1])
+        only = np.zeros(scales.shape, dtype=np.uint8)
+        codes = grid.Grid(group_size=group_size, scales=scales, chosen=only, tables=normal).encode(weights)
+        _replace_outliers(weights, group_size, scales, _least_outlier(self.index), OUTLIER_BIASES[self.index], codes)
+        return codes
+
+    def decode(
+        self, codes: NDArray[np.uint8], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.float32]:
+        """Values of ``codes``, uint8 [rows, columns], which begin with a whole pair: float32 [rows, columns]."""
+        group_size, scales = self._part(rows, columns)
+        normal = grid_tables(NORMAL_TYPES[self.index : self.index + 1]).levels[0]
+        outlier = grid_tables(OUTLIER_TYPES[self.index : self.index + 1]).levels[0]
+        decoded = np.empty(codes.shape, dtype=np.float32)
+        _decode(codes, group_size, scales, normal, outlier, decoded)
+        return decoded
+
+
+def coder(parts: Parts, format: Format, inputs: int) -> PairCoder:
+    """Pairs at the stored scales and normal type."""
+    return PairCoder(
+        group_size=format.group_size or inputs + inputs % 2,
+        scales=parts["scales"].astype(np.float64),
+        index=int(parts["matrix_type"][0].astype(np.intp)),
+    )

@@ -8,32 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from termwise.algorithms import bit_serial, flint, fp16_mac, integer, outlier_victim
+from termwise.algorithms import bit_serial, dictionary, flint, fp16_mac, integer, outlier_victim
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Family, Format, get_format
-from termwise.algorithms.grid import Weights, row_blocks
+from termwise.algorithms.grid import Coder, Weights, row_blocks
 from termwise.algorithms.integer import Parts
+from termwise.algorithms.packing import pack, unpack
 
-_QUANTIZERS: Mapping[
-    Family, tuple[Callable[[Weights, Format], Parts], Callable[[Parts, Format, int], NDArray[np.float32]]]
-]
+_QUANTIZERS: Mapping[Family, tuple[Callable[[Weights, Format], Parts], Callable[[Parts, Format, int], Coder]]]
 _QUANTIZERS = MappingProxyType(
     {
-        "fp16": (fp16_mac.quantize, fp16_mac.dequantize),
-        "type": (integer.quantize_symmetric, integer.dequantize_symmetric),
-        "int": (integer.quantize_symmetric, integer.dequantize_symmetric),
-        "int-asym": (integer.quantize_asymmetric, integer.dequantize_asymmetric),
-        "bitmod": (bit_serial.quantize, bit_serial.dequantize),
-        "olive": (outlier_victim.quantize, outlier_victim.dequantize),
-        "ant": (flint.quantize, flint.dequantize),
+        "type": (integer.fit_symmetric, integer.symmetric_grid),
+        "int": (integer.fit_symmetric, integer.symmetric_grid),
+        "int-asym": (integer.fit_asymmetric, integer.asymmetric_grid),
+        "bitmod": (bit_serial.fit, bit_serial.coder),
+        "olive": (outlier_victim.fit, outlier_victim.coder),
+        "ant": (flint.fit, flint.coder),
+        "gobo": (dictionary.fit, dictionary.coder),
     }
 )
+"""Of every family: what is stored beside the codes, and how codes are made and read with that."""
+
+INPUT_SCALES = "input_scales"
+"""Name of the part that holds the factors of the inputs, FP32, where a calibration scaled them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class QuantizedTensor:
     Attributes:
         format: how it is packed.
         shape: (outputs, inputs).
-        parts: the packed arrays by name, of the shapes and types of ``format.layout(*shape)``.
+        parts: the packed arrays by name, of the shapes and types of ``format.layout(*shape)``; and ``input_scales``,
+            float32 [inputs], where the matrix was multiplied by them before it was quantized.
     """
 
     format: Format
@@ -63,13 +68,82 @@ class QuantizedTensor:
     @property
     def short_group(self) -> int:
         """Weights in each row's short last group; 0 when the group size divides the inputs."""
-        return self.format.short_group(self.shape[1])
+        return self.format.short_group(self._stored_shape[1])
+
+    @property
+    def _stored_shape(self) -> tuple[int, int]:
+        """Shape of the matrix that is stored: transposed where groups lie along the outputs."""
+        return self.shape[::-1] if self.format.groups_along_outputs else self.shape
+
+    @cached_property
+    def coder(self) -> Coder:
+        """How codes of the stored matrix are made and read."""
+        if self.format.family == "fp16":
+            raise ValueError("fp16 weights have no codes")
+        return _QUANTIZERS[self.format.family][1](self.parts, self.format.along_inputs, self._stored_shape[1])
+
+    @property
+    def column_step(self) -> int:
+        """Columns of the matrix that ``round_columns`` must be given together: 1, or 2 for pairs."""
+        return 1 if self.format.groups_along_outputs else self.coder.column_step
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        """Code of every weight, uint8 [outputs, inputs]."""
+        stored = self._codes(slice(None))
+        return stored.T if self.format.groups_along_outputs else stored
+
+    def _codes(self, rows: slice) -> NDArray[np.uint8]:
+        """Codes of rows of the stored matrix."""
+        packed = self.parts["codes"][rows].astype(np.uint8, copy=False)
+        return unpack(packed, self.format.weight_bits, self._stored_shape[1])
 
     def dequantize(self, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """What stands in place of the weights: [outputs, inputs], or the ``rows`` of it, float32.
+
+        Level × scale of every weight, rounded once; divided by the input scales where there are any.
+        """
+        values = self.dequantize_scaled(rows)
+        if INPUT_SCALES in self.parts:
+            values /= self.parts[INPUT_SCALES].astype(np.float32, copy=False)
+        return values
+
+    def dequantize_scaled(self, rows: slice = slice(None)) -> NDArray[np.float32]:
         """Level × scale of every weight, rounded once to float32: [outputs, inputs], or the ``rows`` of it."""
-        per_matrix = ("normal_type",)
-        chosen = {name: part if name in per_matrix else part[rows] for name, part in self.parts.items()}
-        return _QUANTIZERS[self.format.family][1](chosen, self.format, self.shape[1])
+        if self.format.family == "fp16":
+            return self.parts["values"][rows].astype(np.float32)
+        if self.format.groups_along_outputs:
+            return np.ascontiguousarray(self.coder.decode(self._codes(slice(None))).T[rows])
+        return self.coder.decode(self._codes(rows), rows)
+
+    def round_columns(self, start: int, weights: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Round other ``weights``, float32 [outputs, k], of the columns from ``start`` on, to what this matrix offers.
+
+        Scales and data types stay. ``start`` and k are multiples of ``column_step``, or k reaches the last column.
+
+        Returns: codes, uint8 [outputs, k], and their values without the input scales, float32 [outputs, k].
+        """
+        part = slice(start, start + weights.shape[1])
+        if self.format.groups_along_outputs:
+            turned = np.ascontiguousarray(weights.T)
+            codes = self.coder.encode(turned, part)
+            return codes.T, self.coder.decode(codes, part).T
+        codes = self.coder.encode(np.ascontiguousarray(weights), columns=part)
+        return codes, self.coder.decode(codes, columns=part)
+
+    def with_codes(self, codes: NDArray[np.uint8]) -> QuantizedTensor:
+        """The same scales and data types with other ``codes``, uint8 [outputs, inputs]."""
+        stored = np.ascontiguousarray(codes.T if self.format.groups_along_outputs else codes)
+        return replace(self, parts={**self.parts, "codes": pack(stored, self.format.weight_bits)})
+
+    def with_input_scales(self, scales: NDArray[np.float32]) -> QuantizedTensor:
+        """The same matrix, which is W · diag(``scales``), with the ``scales`` [inputs] that make W of it again.
+
+        Raises ``InputError`` where one is not a positive number.
+        """
+        if scales.shape != (self.shape[1],) or not (np.isfinite(scales).all() and (scales > 0).all()):
+            raise InputError(f"input scales {list(scales.shape)}: expected {self.shape[1]} positive numbers")
+        return replace(self, parts={**self.parts, INPUT_SCALES: scales.astype(np.float32)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +168,35 @@ def quantize(weights: Weights, format: Format | str, *, name: str = "weights") -
         raise InputError(f"{name} has the shape {list(weights.shape)}; expected a matrix [outputs, inputs]")
     if weights.dtype not in (np.float16, np.float32):
         raise InputError(f"{name} is {weights.dtype}; expected float16 or float32 weights")
+    stored = weights.T if format.groups_along_outputs else weights
     try:
-        parts = _QUANTIZERS[format.family][0](weights, format)
+        parts = _pack(stored, format.along_inputs)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return QuantizedTensor(format=format, shape=(weights.shape[0], weights.shape[1]), parts=parts)
 
 
+def _pack(weights: Weights, format: Format) -> Parts:
+    """All parts of ``weights`` [rows, columns] with groups along the columns."""
+    if format.family == "fp16":
+        return fp16_mac.quantize(weights)
+    fit, make_coder = _QUANTIZERS[format.family]
+    parts = fit(weights, format)
+    coder = make_coder(parts, format, weights.shape[1])
+    layout = format.layout(*weights.shape)["codes"]
+    codes = np.empty(layout.shape, dtype=np.uint8)
+    for rows, block in row_blocks(weights):
+        codes[rows] = pack(coder.encode(block, rows), format.weight_bits)
+    return {"codes": codes, **parts}
+
+
 def quantization_error(weights: Weights, quantized: QuantizedTensor) -> QuantizationError:
     """Error of ``quantized`` against ``weights`` [outputs, inputs], summed in float64 block by block."""
     noise = signal = 0.0
+    whole = quantized.dequantize() if quantized.format.groups_along_outputs else None
     for rows, block in row_blocks(weights):
         exact = block.astype(np.float64)
-        difference = (exact - quantized.dequantize(rows)).ravel()
+        difference = (exact - (quantized.dequantize(rows) if whole is None else whole[rows])).ravel()
         noise += float(difference @ difference)
         signal += float(exact.ravel() @ exact.ravel())
     ratio = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal else -math.inf)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from fractions import Fraction
+from statistics import NormalDist
+from typing import Any
+
 import gfloat
 import gfloat.formats
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from termwise.algorithms.datatypes import DataType, datatypes, get_datatype, signed_digit_weight
+from termwise.algorithms.datatypes import (
+    ROUNDINGS,
+    DataType,
+    datatypes,
+    get_datatype,
+    signed_digit_weight,
+    special_value,
+    special_value_type,
+)
 from termwise.algorithms.errors import InputError
 
 FP4 = {0, 0.5, 1, 1.5, 2, 3, 4, 6}
@@ -61,28 +76,126 @@ def test_integers_are_symmetric_twos_complement(bits: int) -> None:
         assert numerator == (None if value == -(1 << (bits - 1)) else value)
 
 
-def test_fp4_is_the_fp4_of_ml_dtypes_and_gfloat() -> None:
-    ours = get_datatype("fp4_e2m1")
-    theirs = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    for code in range(16):
-        level = 0.0 if ours.numerators[code] is None else ours.numerators[code] / 2**ours.fraction_bits
-        assert level == theirs[code]
-        assert level == gfloat.decode_float(gfloat.formats.format_info_ocp_e2m1, code).fval
+LIBRARIES = [
+    ("fp4_e2m1", ml_dtypes.float4_e2m1fn, gfloat.formats.format_info_ocp_e2m1),
+    ("fp6_e2m3", ml_dtypes.float6_e2m3fn, gfloat.formats.format_info_ocp_e2m3),
+    ("fp6_e3m2", ml_dtypes.float6_e3m2fn, gfloat.formats.format_info_ocp_e3m2),
+    ("fp8_e4m3", ml_dtypes.float8_e4m3fn, gfloat.formats.format_info_ocp_e4m3),
+    ("fp8_e5m2", ml_dtypes.float8_e5m2, gfloat.formats.format_info_ocp_e5m2),
+    ("int2", ml_dtypes.int2, None),
+    ("int4", ml_dtypes.int4, None),
+    ("int8", np.int8, None),
+    ("mxint8", None, gfloat.formats.format_info_ocp_int8),
+    ("mxfp4", ml_dtypes.float4_e2m1fn, gfloat.formats.format_info_ocp_e2m1),
+    ("mxfp8_e4m3", ml_dtypes.float8_e4m3fn, gfloat.formats.format_info_ocp_e4m3),
+]
+
+
+def all_codes(datatype: DataType) -> NDArray[np.uint8]:
+    return np.arange(1 << datatype.bits, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("name", "theirs", "info"), LIBRARIES)
+def test_every_code_has_the_value_of_other_libraries(name: str, theirs: type | None, info: Any) -> None:
+    """Minus zero, infinities and NaN among them."""
+    ours = get_datatype(name)
+    values = ours.decode(all_codes(ours))
+    others = []
+    if theirs is not None:
+        others.append(all_codes(ours).view(theirs).astype(np.float64))
+    if info is not None:
+        others.append(np.array([gfloat.decode_float(info, int(code)).fval for code in all_codes(ours)]))
+    for other in others:
+        np.testing.assert_array_equal(values, other)
+        zeros = values == 0
+        np.testing.assert_array_equal(np.signbit(values[zeros]), np.signbit(other[zeros]))
+
+
+@pytest.mark.parametrize(("name", "theirs"), [(name, theirs) for name, theirs, info in LIBRARIES if theirs and info])
+def test_rounding_to_even_is_that_of_ml_dtypes_for_every_fp16_number(name: str, theirs: type) -> None:
+    """Within the range; beyond it ours saturates, as a quantizer must."""
+    ours = get_datatype(name)
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    values = values[np.abs(values) <= ours.maximum]
+    np.testing.assert_array_equal(ours.encode(values, "even"), values.astype(theirs).view(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp6_e3m2", "mxint8", "int4", "fp8_e4m3"])
+def test_rounding_modes_are_what_they_say(name: str) -> None:
+    """Against fractions: every level, every midpoint, and a value on either side of both."""
+    datatype = get_datatype(name)
+    levels = [Fraction(level) for level in datatype.levels]
+    points = levels + [(low + high) / 2 for low, high in itertools.pairwise(levels)]
+    points += [point + sign * Fraction(1, 1 << 20) for point in points for sign in (1, -1)]
+    points += [2 * levels[0], 2 * levels[-1]]
+    for rounding in ROUNDINGS:
+        codes = datatype.encode(np.array([float(point) for point in points]), rounding)
+        for point, code in zip(points, codes, strict=True):
+            value = Fraction(float(datatype.values[code]))
+            below = max((level for level in levels if level <= point), default=levels[0])
+            above = min((level for level in levels if level >= point), default=levels[-1])
+            if rounding == "floor":
+                assert value == (below if point > 0 else above)
+            elif point - below != above - point:
+                assert value == min(below, above, key=lambda level: abs(level - point))
+            elif below != above:
+                expected = {"lower": below, "nearest": max(below, above, key=abs)}
+                assert (code % 2 == 0) if rounding == "even" else (value == expected[rounding])
+
+
+def test_nf4_is_the_quantile_table_of_its_paper() -> None:
+    """QLoRA equation 4 and section 3: 8 quantiles below zero and 9 above, from the offset 0.9677083, over the largest.
+
+    The published table is in FP32, and its quantiles were computed in single precision: half a unit in the sixth place.
+    """
+    offset = 0.9677083
+    normal = NormalDist()
+    positive = [normal.inv_cdf(offset + (0.5 - offset) * index / 8) for index in range(8)]
+    negative = [-normal.inv_cdf(offset + (0.5 - offset) * index / 7) for index in range(7)]
+    expected = np.array(sorted([*positive, 0.0, *negative])) / max(positive)
+    np.testing.assert_allclose(get_datatype("nf4").values, expected, atol=5e-7)
+    assert all(np.float32(level) == level for level in get_datatype("nf4").levels)
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("fp4_e2m1", ml_dtypes.float4_e2m1fn),
-        ("fp6_e2m3", ml_dtypes.float6_e2m3fn),
-        ("fp6_e3m2", ml_dtypes.float6_e3m2fn),
-    ],
+    ("name", "least", "count", "greatest"),
+    [("abfloat8_e4m3_b4", 144, 64, 32768), ("abfloat8_e2m5_b2", 132, 127, 2016)],
 )
-def test_floats_are_those_of_ml_dtypes_on_all_codes(name: str, theirs: type) -> None:
-    ours = get_datatype(name)
-    levels = np.arange(1 << ours.bits, dtype=np.uint8).view(theirs).astype(np.float64)
-    for code, numerator in enumerate(ours.numerators):
-        assert (0.0 if numerator is None else numerator / 2**ours.fraction_bits) == levels[code]
+def test_8_bit_outliers_begin_beyond_int8(name: str, least: int, count: int, greatest: int) -> None:
+    positive = [level for level in get_datatype(name).levels if level > 0]
+    assert (positive[0], len(positive), positive[-1]) == (least, count, greatest)
+
+
+@pytest.mark.parametrize(("name", "magnitudes"), [("pot3", {0, 1, 2, 4}), ("pot4", {0, 1, 2, 4, 8, 16, 32, 64})])
+def test_powers_of_two(name: str, magnitudes: set[float]) -> None:
+    assert set(get_datatype(name).levels) == both_signs(magnitudes)
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [("bitmod_fp3_sv_pos_7", 7), ("bitmod_fp4_sv_neg_2.5", -2.5), ("bitmod_fp4_sv_pos_15.5", 15.5)],
+)
+def test_a_special_value_of_ones_own_is_a_type(name: str, special: float) -> None:
+    datatype = get_datatype(name)
+    assert datatype.name == name
+    assert datatype.values[1 << (datatype.bits - 1)] == special_value(datatype) == special
+    plain = get_datatype(f"fp{datatype.bits}_e2m{datatype.bits - 3}")
+    assert set(datatype.levels) == set(plain.levels) | {special}
+
+
+def test_the_papers_special_values_have_their_own_names() -> None:
+    assert special_value_type(4, -5).name == "bitmod_fp4_er_neg"
+    assert get_datatype("bitmod_fp3_sv_pos_6").name == "bitmod_fp3_ea_pos"
+    assert special_value(get_datatype("int4")) is None
+
+
+def test_nan_without_a_code_is_refused() -> None:
+    with pytest.raises(InputError, match="fp4_e2m1 has no code for NaN"):
+        get_datatype("fp4_e2m1").encode(np.array([math.nan]))
+    assert (
+        get_datatype("fp8_e5m2").decode(get_datatype("fp8_e5m2").encode(np.array([math.nan, -math.inf])))[1]
+        == -math.inf
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,6 +227,17 @@ class TestEveryType:
         decoded = [datatype.numerators[code] for code in datatype.sorted_codes]
         assert decoded == list(datatype.sorted_numerators)
         assert len(set(datatype.sorted_codes)) == len(datatype.sorted_codes)
+
+    def test_encoding_what_is_decoded_gives_the_code(self, datatype: DataType) -> None:
+        """Every code: also minus zero, infinities, NaN, and codes that mean nothing."""
+        for rounding in ROUNDINGS:
+            np.testing.assert_array_equal(
+                datatype.encode(datatype.decode(all_codes(datatype)), rounding), all_codes(datatype)
+            )
+
+    def test_values_are_those_of_the_levels(self, datatype: DataType) -> None:
+        numbers = [datatype.values[code] for code in datatype.sorted_codes]
+        assert numbers == list(datatype.levels)
 
     def test_levels_ascend(self, datatype: DataType) -> None:
         assert list(datatype.levels) == sorted(set(datatype.levels))

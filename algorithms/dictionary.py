@@ -1,0 +1,158 @@
+"""GOBO: weights become indices into a small dictionary of their matrix; the few outliers stay as they are (MICRO 2020).
+
+No primary text settles the details below; each is a parameter here or our choice, with the reason:
+
+* Outlier: a weight whose natural logarithm of the probability density, under the Gaussian of the matrix's mean and
+  standard deviation, is below ``threshold`` (-4). The density depends on the unit of the weights; at a standard
+  deviation of 0.02 to 0.05 the rule keeps 0.02 to 0.15 % of a Gaussian's weights, near the paper's 0.1 %.
+* Dictionary: 8 or 16 centroids (3 or 4 bits), which begin as the means of equally populated bins of the weights that
+  are no outliers. Each step gives every weight the nearest centroid (of equals the lower) and moves every centroid to
+  the mean of its weights; an empty bin keeps its centroid. The steps end as soon as the sum of the absolute errors
+  (L1) does not fall; the dictionary with the least one is kept.
+* Centroids and outliers are FP32. An outlier is stored as its position in the matrix (row by row, 32 bits) and its
+  value; its place among the indices holds 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import Format
+from termwise.algorithms.grid import Weights, row_blocks
+from termwise.algorithms.integer import Parts
+
+MOST_STEPS = 100
+"""Steps after which the centroids are taken as they are; the error has stopped falling long before."""
+
+
+def gaussian_limits(weights: Weights, threshold: float) -> tuple[float, float]:
+    """Mean, and the distance from it beyond which a weight is an outlier, of ``weights`` [outputs, inputs].
+
+    ln N(w; mean, deviation) < threshold where (w - mean)**2 > -2 deviation**2 (threshold + ln(deviation √(2 π))). All
+    weights are outliers where the right side is negative, none where all weights are equal.
+    """
+    total = square = 0.0
+    for _, block in row_blocks(weights):
+        total += float(block.sum(dtype=np.float64))
+    mean = total / weights.size
+    for _, block in row_blocks(weights):
+        distance = (block.astype(np.float64) - mean).ravel()
+        square += float(distance @ distance)
+    deviation = float(np.sqrt(square / weights.size))
+    if deviation == 0:
+        return mean, np.inf
+    reach = -2 * (threshold + np.log(deviation * np.sqrt(2 * np.pi)))
+    return mean, deviation * float(np.sqrt(max(reach, 0.0)))
+
+
+def centroids(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Dictionary of ``count`` centroids of ``values`` [any number, sorted], ascending, float32 [count]."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    edges = np.linspace(0, values.size, count + 1).round().astype(np.intp)
+    best = current = _means(sums, edges, np.full(count, values[values.size // 2], dtype=np.float64))
+    least = np.inf
+    for _ in range(MOST_STEPS):
+        middles = ((current[1:] + current[:-1]) / 2).astype(np.float32)
+        edges = np.concatenate([[0], np.searchsorted(values, middles, side="right"), [values.size]])
+        error = _absolute_error(values, sums, edges, current)
+        if error >= least:
+            break
+        least, best = error, current
+        current = _means(sums, edges, current)
+    return np.sort(best).astype(np.float32)
+
+
+def _means(sums: NDArray[np.float64], edges: NDArray[np.intp], empty: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of every bin between ``edges``, from the running ``sums``; of an empty one what ``empty`` says."""
+    counts = np.diff(edges)
+    return np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), empty)
+
+
+def _absolute_error(
+    values: NDArray[np.float32], sums: NDArray[np.float64], edges: NDArray[np.intp], current: NDArray[np.float64]
+) -> float:
+    """Sum of |value - centroid| over all bins, from the running ``sums`` of the sorted ``values``."""
+    middle = np.clip(np.searchsorted(values, current.astype(np.float32)), edges[:-1], edges[1:])
+    above = sums[edges[1:]] - sums[middle] - (edges[1:] - middle) * current
+    below = (middle - edges[:-1]) * current - (sums[middle] - sums[edges[:-1]])
+    return float((above + below).sum())
+
+
+def fit(weights: Weights, format: Format) -> Parts:
+    """``dictionary``, ``outlier_positions`` and ``outlier_values`` of ``weights`` [outputs, inputs].
+
+    Holds a sorted copy of the weights. Raises ``InputError`` for a matrix of 2**32 weights or more.
+    """
+    if weights.size >= 1 << 32:
+        raise InputError(f"{weights.size} weights; expected fewer than 2^32, since a position has 32 bits")
+    mean, reach = gaussian_limits(weights, float(format.option("threshold")))
+    positions, outliers, others = [], [], []
+    for rows, block in row_blocks(weights):
+        far = np.abs(block.astype(np.float64) - mean) > reach
+        positions.append((np.flatnonzero(far) + rows.start * weights.shape[1]).astype(np.uint32))
+        outliers.append(block[far])
+        others.append(block[~far])
+    normal = np.sort(np.concatenate(others))
+    count = 1 << format.weight_bits
+    return {
+        "dictionary": centroids(normal, count) if normal.size else np.zeros(count, dtype=np.float32),
+        "outlier_positions": np.concatenate(positions),
+        "outlier_values": np.concatenate(outliers).astype(np.float32),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryCoder:
+    """Indices into the ``dictionary``, float32 [count], of a matrix of ``inputs`` columns whose outliers are known.
+
+    ``positions`` (ascending) and ``values`` of the outliers, [outliers].
+    """
+
+    dictionary: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    values: NDArray[np.float32]
+    inputs: int
+    column_step: ClassVar[int] = 1
+
+    def _outliers(
+        self, shape: tuple[int, ...], rows: slice, columns: slice
+    ) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
+        """(row, column) of every outlier in a part of the matrix of that ``shape``, and their values."""
+        first_row, first_column = rows.start or 0, columns.start or 0
+        found = slice(*np.searchsorted(self.positions, [first_row * self.inputs, (first_row + shape[0]) * self.inputs]))
+        row, column = np.divmod(self.positions[found], self.inputs)
+        here = (column >= first_column) & (column < first_column + shape[1])
+        return (row[here] - first_row, column[here] - first_column), self.values[found][here]
+
+    def encode(
+        self, weights: NDArray[np.float32], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.uint8]:
+        """Index of the centroid nearest to each weight, of equals the lower; 0 for an outlier."""
+        exact = self.dictionary.astype(np.float64)
+        codes = np.searchsorted((exact[1:] + exact[:-1]) / 2, weights).astype(np.uint8)
+        codes[self._outliers(weights.shape, rows, columns)[0]] = 0
+        return codes
+
+    def decode(
+        self, codes: NDArray[np.uint8], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.float32]:
+        """The centroid of every index, and the outliers."""
+        decoded = self.dictionary[codes]
+        places, values = self._outliers(codes.shape, rows, columns)
+        decoded[places] = values
+        return decoded
+
+
+def coder(parts: Parts, format: Format, inputs: int) -> DictionaryCoder:  # noqa: ARG001
+    """Indices into the stored dictionary."""
+    return DictionaryCoder(
+        dictionary=parts["dictionary"].astype(np.float32, copy=False),
+        positions=parts["outlier_positions"].astype(np.int64),
+        values=parts["outlier_values"].astype(np.float32, copy=False),
+        inputs=inputs,
+    )
