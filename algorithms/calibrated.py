@@ -129,6 +129,11 @@ class RoundToNearest:
         return [self.prepare(statistics.gram)(layer) for layer in layers]
 
 
+def _combined(name: str, rounding: Rounder) -> str:
+    """Name of a method with its rounding."""
+    return name if isinstance(rounding, RoundToNearest) else f"{name}+{rounding.name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gptq:
     """GPTQ (arXiv 2210.17323, Algorithm 1).
@@ -197,7 +202,8 @@ class Awq:
     def scales(self, index: int, statistics: InputStatistics) -> NDArray[np.float32]:
         """Input scales, float32 [inputs], of the grid point ``index``."""
         scales = np.maximum(statistics.mean_magnitude ** (index / self.grid_points), _LEAST_AWQ_SCALE)
-        return (scales / math.sqrt(scales.max() * scales.min())).astype(np.float32)
+        normalised: Float64 = scales / math.sqrt(scales.max() * scales.min())
+        return normalised.astype(np.float32)
 
     def quantize(self, layers: Sequence[Layer], statistics: InputStatistics) -> list[QuantizedTensor]:
         """Every layer with the best of the scales."""
@@ -207,8 +213,7 @@ class Awq:
             scales = self.scales(index, statistics)
             tensors = _quantize_scaled(scaled, scales, statistics.gram, RoundToNearest())
             noise = sum(
-                _noise(layer.weights, tensor, statistics.gram)
-                for layer, tensor in zip(scaled, tensors, strict=True)
+                _noise(layer.weights, tensor, statistics.gram) for layer, tensor in zip(scaled, tensors, strict=True)
             )
             if noise < least:
                 best, least = scales, noise
@@ -398,11 +403,6 @@ def _quantize_stage(
         yield name, tensor, None
 
 
-def _combined(name: str, rounding: Rounder) -> str:
-    """Name of a method with its rounding."""
-    return name if isinstance(rounding, RoundToNearest) else f"{name}+{rounding.name}"
-
-
 def _nearest(layer: Layer) -> QuantizedTensor:
     return quantize(layer.weights, layer.format, name=layer.name)
 
@@ -488,7 +488,7 @@ class _Feedback:
 
 
 def _order(diagonal: Float64, step: int) -> NDArray[np.intp]:
-    """Columns with large ``diagonal`` [inputs] first, ``step`` of them together; what makes no whole step comes last."""
+    """Columns with large ``diagonal`` [inputs] first, ``step`` of them together; a rest of fewer comes last."""
     whole = len(diagonal) // step * step
     together = diagonal[:whole].reshape(-1, step).sum(axis=1)
     first = np.argsort(-together, kind="stable") * step

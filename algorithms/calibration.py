@@ -57,7 +57,7 @@ class InputStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedInput:
-    """The ``statistics`` of one tensor that the linear ``layers``, one or more in the order of their calls, all read."""
+    """The ``statistics`` of one tensor that all of the linear ``layers`` read, in the order of their calls."""
 
     layers: tuple[str, ...]
     statistics: InputStatistics
@@ -348,7 +348,9 @@ class _Runner:
         return output
 
     def _no_chain(self, reason: str) -> InputError:
-        return InputError(f"{self._model.name} cannot be calibrated block by block: {reason}; expected a chain of blocks")
+        return InputError(
+            f"{self._model.name} cannot be calibrated block by block: {reason}; expected a chain of blocks"
+        )
 
 
 class _Collector:
