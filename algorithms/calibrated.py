@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -450,19 +451,20 @@ class _Feedback:
         remaining[self._dead] = 0
         remaining = remaining[order]
         block = -(-self._method.block_columns // step) * step
-        for start in range(0, len(order), block):
-            stop = min(start + block, len(order))
-            errors = np.empty((stop - start, remaining.shape[1]))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                column = int(order[first])
-                now = np.ascontiguousarray(remaining[first:last].T, dtype=np.float32)
-                codes[:, column : column + last - first], values = nearest.round_columns(column, now)
-                for index in range(first, last):
-                    error = (remaining[index] - values[:, index - first]) / factor[index, index]
-                    remaining[index + 1 : stop] -= np.multiply.outer(factor[index, index + 1 : stop], error)
-                    errors[index - start] = error
-            remaining[stop:] -= factor[start:stop, stop:].T @ errors
+        with _one_thread():
+            for start in range(0, len(order), block):
+                stop = min(start + block, len(order))
+                errors = np.empty((stop - start, remaining.shape[1]))
+                for first in range(start, stop, step):
+                    last = min(first + step, stop)
+                    column = int(order[first])
+                    now = np.ascontiguousarray(remaining[first:last].T, dtype=np.float32)
+                    codes[:, column : column + last - first], values = nearest.round_columns(column, now)
+                    for index in range(first, last):
+                        error = (remaining[index] - values[:, index - first]) / factor[index, index]
+                        remaining[index + 1 : stop] -= np.multiply.outer(factor[index, index + 1 : stop], error)
+                        errors[index - start] = error
+                remaining[stop:] -= factor[start:stop, stop:].T @ errors
         return nearest.with_codes(codes)
 
     def _factor(self, step: int) -> tuple[NDArray[np.intp], Float64]:
@@ -485,6 +487,19 @@ class _Feedback:
             inverse, _ = dtrtri(triangle, lower=0)
             self._factors[step] = order, inverse
         return self._factors[step]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Numba's kernels on one thread: waking others up for one column takes longer than the column."""
+    import numba
+
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(threads)
 
 
 def _order(diagonal: Float64, step: int) -> NDArray[np.intp]:

@@ -120,7 +120,9 @@ def test_every_input_is_that_of_an_ordinary_run(folder_of: Callable[[str], Path]
         assert statistics.rows == len(inputs)
         np.testing.assert_array_equal(statistics.max_magnitude, np.abs(inputs).max(axis=0))
         # float64 sums in another order: rows × 2**-53 relative to a sum of positive numbers
-        np.testing.assert_allclose(statistics.mean_magnitude, np.abs(inputs.astype(np.float64)).mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(
+            statistics.mean_magnitude, np.abs(inputs.astype(np.float64)).mean(axis=0), rtol=1e-12
+        )
         assert_gram_is_near(statistics.gram, inputs)
 
 
@@ -250,7 +252,9 @@ class TestWhatIsRefused:
         tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
         tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e30
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(TermwiseError, match=r"the input of model.layers.1.mlp.down_proj is NaN or infinite on ragged"):
+        with pytest.raises(
+            TermwiseError, match=r"the input of model.layers.1.mlp.down_proj is NaN or infinite on ragged"
+        ):
             for stage in Calibration(open_model(tmp_path), RAGGED).stages():
                 stage.statistics()
 
