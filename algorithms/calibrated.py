@@ -246,7 +246,7 @@ class SmoothQuant:
         """Input scales, float32 [inputs]."""
         largest = np.max([np.abs(layer.weights).max(axis=0) for layer in layers], axis=0).astype(np.float64)
         activations = np.maximum(statistics.max_magnitude.astype(np.float64), _LEAST_SMOOTHING)
-        scales = activations**self.alpha / np.maximum(largest, _LEAST_SMOOTHING) ** (1 - self.alpha)
+        scales: Float64 = activations**self.alpha / np.maximum(largest, _LEAST_SMOOTHING) ** (1 - self.alpha)
         return scales.astype(np.float32)
 
     def quantize(self, layers: Sequence[Layer], statistics: InputStatistics) -> list[QuantizedTensor]:

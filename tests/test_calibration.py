@@ -239,7 +239,7 @@ def test_windows_are_spread_over_the_text(folder_of: Callable[[str], Path]) -> N
 
 class TestWhatIsRefused:
     def test_a_text_shorter_than_one_window(self, folder_of: Callable[[str], Path]) -> None:
-        with pytest.raises(InputError, match="has 6 tokens .* expected at least one window of 32"):
+        with pytest.raises(InputError, match=r"has 6 tokens .* expected at least one window of 32"):
             Calibration(open_model(folder_of("llama")), text_of("short", ["short"]))
 
     def test_no_windows(self, folder_of: Callable[[str], Path]) -> None:
