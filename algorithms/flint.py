@@ -30,7 +30,11 @@ from termwise.algorithms import grid
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
 from termwise.algorithms.packing import pack, unpack
-from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
+from termwise.algorithms.processing_element import (
+    UnsupportedFormatError,
+    bit_parallel_key_value_cycles,
+    check_weights_can_be_read,
+)
 from termwise.algorithms.scale_search import best_scales, sample_row
 
 SEARCH_PERCENT = tuple(range(75, 151))
@@ -50,6 +54,7 @@ class FlintSpec:
 
     def cycles_per_step(self, weights: Format) -> int:
         """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
+        check_weights_can_be_read(self.kind, weights)
         if not reads_integers_and_flint(weights):
             raise UnsupportedFormatError(
                 f"the flint PE (ANT) decodes integer and flint weights; {weights.name} needs another decoder"

@@ -44,7 +44,11 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.flint import reads_integers_and_flint
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
-from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
+from termwise.algorithms.processing_element import (
+    UnsupportedFormatError,
+    bit_parallel_key_value_cycles,
+    check_weights_can_be_read,
+)
 from termwise.algorithms.scale_search import best_scales, nearest_rank, positive_levels, sample_row
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class OutlierVictimSpec:
 
     def cycles_per_step(self, weights: Format) -> int:
         """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
+        check_weights_can_be_read(self.kind, weights)
         if weights.family != "olive" and not reads_integers_and_flint(weights):
             raise UnsupportedFormatError(
                 "the outlier-victim PE (OliVe) decodes integer, flint and outlier-victim weights; "

@@ -26,10 +26,9 @@ from termwise.algorithms.errors import InputError, TermwiseError, unknown_name
 from termwise.flow import console
 
 if TYPE_CHECKING:
-    from termwise.algorithms.quantize import QuantizedTensor
-    from termwise.algorithms.text import Text
-    from termwise.flow.quality import WeightQuality
-    from termwise.flow.subject import Subject
+    from termwise.algorithms.formats import Format
+    from termwise.algorithms.models import Model
+    from termwise.flow.quality import Calibration
     from termwise.flow.sweep import Progress
 
 INTERRUPTED: Final = 130
@@ -113,12 +112,23 @@ _text_option = click.option(
 
 @click.group(cls=_Commands, name="termwise", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="termwise", message="termwise %(version)s")
-def main() -> None:
+@click.option(
+    "--datatypes",
+    "datatypes_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of data types of your own, used by name everywhere.",
+)
+def main(datatypes_file: Path | None) -> None:
     """Co-design number formats of language models and the accelerators that compute with them.
 
     MODEL is a directory in Hugging Face format, a Hugging Face id, or tiny, the model that ships with termwise; for
     simulate and sweep also a known shape such as llama-2-7b.
     """
+    if datatypes_file is not None:
+        from termwise.algorithms.user_datatypes import ENVIRONMENT_VARIABLE, read_datatypes
+
+        read_datatypes(datatypes_file)  # says what is wrong before anything else does
+        os.environ[ENVIRONMENT_VARIABLE] = str(datatypes_file.resolve())
 
 
 @main.command()
@@ -150,8 +160,9 @@ def formats(*, as_json: bool) -> None:
                         "family": entry.family,
                         "weight_bits": entry.weight_bits,
                         "group_size": entry.group_size,
-                        "bits_per_weight": entry.bits_per_weight(side, side),
+                        "bits_per_weight": _bits_per_weight(entry, side),
                         "datatypes": [datatype.name for datatype in entry.datatypes],
+                        "source": entry.source,
                     }
                     for name, entry in named
                 ],
@@ -170,19 +181,28 @@ def formats(*, as_json: bool) -> None:
     )
     console.print_table(
         f"Formats (other group sizes likewise, for example bitmod-w4g64); bits per weight of {side} × {side} weights",
-        ("name", "code bits", "group", "bits per weight", "data types of a group"),
+        ("name", "code bits", "group", "bits per weight", "data types of a group", "source"),
         [
             (
                 name,
                 str(entry.weight_bits),
                 "row" if entry.group_size is None else str(entry.group_size),
-                f"{entry.bits_per_weight(side, side):.4f}",
+                console.number(_bits_per_weight(entry, side), 5),
                 ", ".join(datatype.name for datatype in entry.datatypes) or "–",
+                entry.source,
             )
             for name, entry in named
         ],
-        left=(0, 4),
+        left=(0, 4, 5),
     )
+
+
+def _bits_per_weight(format: Format, side: int) -> float | None:
+    """Bits per weight of a square matrix; None where they depend on the weights."""
+    from termwise.algorithms.formats import FREE
+
+    free = any(FREE in part.shape for part in format.layout(side, side).values())
+    return None if free else format.bits_per_weight(side, side)
 
 
 def _levels(levels: Sequence[float]) -> str:
@@ -195,104 +215,132 @@ def _levels(levels: Sequence[float]) -> str:
 
 @main.command()
 @click.argument("model")
-@click.option("--format", "format_name", required=True, metavar="FORMAT", help="As termwise formats lists them.")
-@click.option("--out", type=click.Path(path_type=Path), help="New directory for the packed model.")
+@click.option("--format", "format_name", metavar="FORMAT", help="Of all layers, as termwise formats lists them.")
+@click.option(
+    "--formats",
+    "assignment",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A format per layer, as termwise mix writes it (.toml or .json).",
+)
+@click.option("--calibrate", "method_name", metavar="METHOD", help="awq, smoothquant, gptq, adadim, awq+gptq, ...")
+@click.option(
+    "--calibration-text",
+    "calibration_file",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text that the calibration reads.  [default for tiny: its training text]",
+)
+@click.option("--kv-cache", "cache_name", metavar="CACHE", help="Format of keys and values: int-asym-w4g32, ...")
+@click.option("--compat", metavar="authors-fp16", help="BitMoD's selection in the arithmetic of its authors' script.")
+@click.option("--no-score", is_flag=True, help="Neither perplexity nor cosine: the model is not run.")
+@click.option("--out", type=click.Path(path_type=Path), help="New directory for the packed model and its report.")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report alone.")
 @_text_option
 @_json_option
-def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path | None, as_json: bool) -> None:
-    """Quantize MODEL: error of every layer, bits per weight, perplexity before and after."""
+def quantize(
+    *,
+    model: str,
+    format_name: str | None,
+    assignment: Path | None,
+    method_name: str | None,
+    calibration_file: Path | None,
+    cache_name: str | None,
+    compat: str | None,
+    no_score: bool,
+    out: Path | None,
+    report: Path | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL: error of every layer, bits per weight, perplexity before and after.
+
+    An encoder has the cosine of its embeddings in the place of a perplexity. With --out, the same command goes on where
+    it was stopped.
+    """
     from termwise.algorithms.formats import get_format
+    from termwise.algorithms.kv_cache import get_cache_format
     from termwise.flow.folders import check_new_folder
-    from termwise.flow.quality import evaluate_format
+    from termwise.flow.quantization import (
+        Request,
+        layer_columns,
+        memory_reason,
+        quantize_model,
+        score_sentence,
+        summary_sentence,
+    )
     from termwise.flow.subject import NO_WEIGHTS, open_subject, open_text
 
-    format = get_format(format_name)
+    if (format_name is None) == (assignment is None):
+        raise InputError("quantize takes one of --format FORMAT and --formats FILE")
+    cache = None if cache_name is None else get_cache_format(cache_name)
+    formats: Any = None
+    if format_name is not None:
+        formats = get_format(format_name if compat is None else f"{format_name}:compat={compat}")
+    elif compat is not None:
+        raise InputError("--compat goes with --format; in a file of formats it is written behind their names")
     subject = open_subject(model)
     if subject.model is None:
         raise InputError(f"{model}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
     if out is not None:
         check_new_folder(out)
-    reason = subject.not_runnable_reason
+    if assignment is not None:
+        from termwise.algorithms.mixed_precision import read_assignment
+
+        formats = read_assignment(assignment, subject.model)
+    reason = subject.model.not_runnable_reason
+    if reason is not None and subject.model.no_embedding_reason is None:
+        reason = "the cache of keys and values belongs to language models" if cache is not None else None
+    if reason is None:
+        reason = "--no-score" if no_score else memory_reason(subject.model)
+    if cache is not None and reason is not None:
+        raise InputError(f"--kv-cache {cache.name}: it is measured by the perplexity, and there is none: {reason}")
     text = open_text(text_file) if reason is None or text_file is not None else None
-    evaluator = None
-    before = None
-    if reason is None and text is not None:
-        from termwise.algorithms.perplexity import Evaluator
-
-        console.say(f"perplexity of {subject.name} on {text.name}")
-        evaluator = Evaluator(subject.model, text)
-        before = evaluator.perplexity().per_token
-    kept: dict[str, QuantizedTensor] = {}
-    total = len(subject.model.matrix_names)
-    quality, after, failure = evaluate_format(
-        subject.model,
-        format,
-        evaluator,
-        wrap=lambda matrices: console.progress(matrices, total=total, label=format.name, unit="layer"),
-        keep=kept.__setitem__ if out is not None else None,
+    request = Request(
+        model=subject.model,
+        formats=formats,
+        text=text if reason is None else None,
+        no_score_reason=reason,
+        calibration=_calibration(subject.model, method_name, calibration_file),
+        cache=cache,
+        out=out,
+        report=report,
     )
-    if out is not None:
-        from termwise.algorithms.packed_model import PackedModelWriter
+    total = len(subject.model.matrix_names) if format_name is not None else len(formats)
 
-        with PackedModelWriter(subject.model, format, out) as writer:
-            for name, tensor in kept.items():
-                writer.add(name, tensor)
-            writer.finish()
-    reason = reason or failure
+    def wrap(layers: Iterator[Any]) -> Iterator[Any]:
+        return console.progress(layers, total=total, label=request.format_name, unit="layer")
+
+    document, quality = quantize_model(request, wrap=wrap, say=console.say)
     if as_json:
-        console.print_json(
-            {
-                "model": subject.name,
-                "model_digest": subject.digest,
-                "format": format.name,
-                **quality.to_dict(),
-                "perplexity": {"before": before, "after": after} if reason is None else None,
-                "perplexity_reason": reason,
-                "text": _text_document(text if evaluator is not None else None),
-                "out": None if out is None else str(out),
-            }
-        )
+        console.print_json(document)
         return
-    _print_quantization(subject, format.name, quality)
-    if reason is None and text is not None:
-        console.print_text(
-            f"perplexity per token on {text.name}: {console.number(before)} before, {console.number(after)} after"
-        )
-    else:
-        console.print_text(f"no perplexity: {reason}")
-    if out is not None:
-        console.print_text(f"packed model: {out}")
+    titles, rows = layer_columns(quality)
+    console.print_table(f"{subject.name} in {request.format_name}", titles, rows, left=(0, len(titles)))
+    console.print_text(summary_sentence(quality))
+    console.print_text(score_sentence(document))
+    for key, name in (("out", "packed model"), ("report", "report")):
+        if document[key] is not None:
+            console.print_text(f"{name}: {document[key]}")
 
 
-def _text_document(text: Text | None) -> dict[str, str] | None:
-    return None if text is None else {"name": text.name, "digest": text.digest}
+def _calibration(model: Model, method_name: str | None, file: Path | None) -> Calibration | None:
+    """What is measured before a quantization. Raises ``InputError`` for a method without a text."""
+    from termwise.algorithms.text import read_text
+    from termwise.flow.quality import Calibration, default_calibration
 
+    method = None
+    if method_name is not None:
+        from termwise.algorithms.calibrated import get_method
 
-def _print_quantization(subject: Subject, format: str, quality: WeightQuality) -> None:
-    notes = any(layer.note for layer in quality.layers)
-    columns = ["layer", "outputs", "inputs", "bits per weight", "SQNR (dB)", "mean squared error"]
-    console.print_table(
-        f"{subject.name} in {format}",
-        [*columns, *(["note"] if notes else [])],
-        [
-            (
-                layer.name,
-                f"{layer.shape[0]:,}",
-                f"{layer.shape[1]:,}",
-                f"{layer.bits_per_weight:.4f}",
-                "exact" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}",
-                f"{layer.mse:.3e}",
-                *([layer.note] if notes else []),
-            )
-            for layer in quality.layers
-        ],
-        left=(0, len(columns)),
-    )
-    lost = "exact" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.2f} dB"
-    console.print_text(
-        f"all {quality.weights:,} weights of {len(quality.layers)} layers: {quality.bits_per_weight:.4f} bits per "
-        f"weight, {quality.packed_bytes:,} bytes, {lost}"
-    )
+        method = get_method(method_name)
+    usual = default_calibration(model)
+    if file is not None:
+        return Calibration(text=read_text(file), method=method)
+    if usual is not None:
+        return Calibration(text=usual.text, method=method)
+    if method is not None:
+        raise InputError(f"--calibrate {method.name} reads a text; expected --calibration-text FILE")
+    return None
 
 
 @main.command()
