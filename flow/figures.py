@@ -422,7 +422,7 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
     panels = 2 if labels else 1
     places = range(len(layers))
     named = len(layers) <= LAYERS_NAMED
-    settings = {"svg.hashsalt": "termwise", "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 8}
+    settings: dict[Any, Any] = {"svg.hashsalt": "termwise", "svg.fonttype": "none", "font.size": 8}
     with matplotlib.rc_context(settings):
         size = (2.2 + min(0.17 * len(layers), 14.0), 3.0 * panels + (1.6 if named else 0.4))
         figure = Figure(figsize=(max(size[0], 6.0), size[1]), dpi=150, layout="constrained", facecolor="white")
