@@ -242,7 +242,7 @@ def loss_sensitivities(
     HAWQ-V3's Hessian estimates to second order. Negative where the format happens to help, infinite where it overflows.
     """
     base = mixed.loss({})
-    result = np.empty(candidates.bits.shape)
+    result = np.empty((len(candidates.layers), len(candidates.formats)))
     for row, layer in enumerate(candidates.layers):
         for column, format in enumerate(candidates.formats):
             result[row, column] = mixed.loss({layer: format}) - base
@@ -272,7 +272,7 @@ def output_sensitivities(
     Returns: float64 [layers, formats], without a unit.
     Raises ``InputError`` where the Gram matrix of a layer is missing, has another shape, or gives no output at all.
     """
-    result = np.empty(candidates.bits.shape)
+    result = np.empty((len(candidates.layers), len(candidates.formats)))
     for row, layer in enumerate(candidates.layers):
         weights = layers.model.matrix(layer)
         gram = grams.get(layer)
@@ -501,7 +501,7 @@ def refine(
 def _switch_levels(
     parent: Sequence[int], candidates: Candidates, budget_bits: int, generator: random.Random
 ) -> list[int] | None:
-    """EvoPress's mutation: one to three layers rise by a level (rather fewer), others fall until the budget holds.
+    """EvoPress's mutation: one to three rises by a level (rather fewer), then other layers fall until the budget holds.
 
     Returns: the levels, or None where the layers that may fall do not make enough room.
     """
@@ -516,11 +516,12 @@ def _switch_levels(
         levels[layer] += step
         return spare + before - int(sizes[layer, levels[layer]])
 
-    below_top = [layer for layer, level in enumerate(levels) if level < top]
-    count = min(generator.randint(1, 3), generator.randint(1, 3), len(below_top))
-    raised = generator.sample(below_top, count)
-    for layer in raised:
-        spare = move(layer, 1)
+    raised: list[int] = []
+    for _ in range(min(generator.randint(1, 3), generator.randint(1, 3))):
+        may_rise = [layer for layer, level in enumerate(levels) if level < top]
+        if may_rise:
+            raised.append(generator.choice(may_rise))
+            spare = move(raised[-1], 1)
     lowered: list[int] = []
     while spare < 0:
         may_fall = [layer for layer, level in enumerate(levels) if level > 0 and layer not in raised]
