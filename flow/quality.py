@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from termwise.algorithms.assignment import Assignment
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import row_blocks
@@ -33,6 +34,7 @@ class LayerQuality:
     Attributes:
         name: path of its module.
         shape: (outputs, inputs).
+        format: name of its format.
         sqnr_db: signal to quantization noise; None where nothing was lost.
         mse: mean squared error of a weight.
         bits_per_weight: counted from the packed bytes.
@@ -42,6 +44,7 @@ class LayerQuality:
 
     name: str
     shape: tuple[int, int]
+    format: str
     sqnr_db: float | None
     mse: float
     bits_per_weight: float
@@ -84,9 +87,11 @@ def _square_sum(weights: Matrix) -> float:
 
 
 def quantize_matrices(
-    matrices: Iterable[tuple[str, Matrix]], format: Format, *, on_layer: LayerHook | None = None
+    matrices: Iterable[tuple[str, Matrix]], format: Format | Assignment, *, on_layer: LayerHook | None = None
 ) -> WeightQuality:
     """Quantize every matrix, float16 or float32 [outputs, inputs]; ``on_layer`` receives each result once.
+
+    ``format`` is that of all matrices, or says which one each of them has.
 
     Raises ``InputError`` (see ``quantize``), or where there is no matrix at all.
     """
@@ -94,15 +99,16 @@ def quantize_matrices(
     signal = noise = 0.0
     weights = packed_bytes = 0
     for name, matrix in matrices:
-        tensor = quantize(matrix, format, name=name)
+        tensor = quantize(matrix, format if isinstance(format, Format) else format[name], name=name)
         error = quantization_error(matrix, tensor)
         note = ""
         if tensor.short_group:
-            note = f"last group of every row has {tensor.short_group} of {format.group_size} weights"
+            note = f"last group of every row has {tensor.short_group} of {tensor.format.group_size} weights"
         layers.append(
             LayerQuality(
                 name=name,
                 shape=tensor.shape,
+                format=tensor.format.name,
                 sqnr_db=error.sqnr_db if math.isfinite(error.sqnr_db) else None,
                 mse=error.mse,
                 bits_per_weight=tensor.bits_per_weight,
@@ -141,7 +147,7 @@ def check_weights(model: Model) -> None:
 
 def evaluate_format(
     model: Model,
-    format: Format,
+    format: Format | Assignment,
     evaluator: Evaluator | None,
     *,
     wrap: Callable[[Iterator[tuple[str, Matrix]]], Iterable[tuple[str, Matrix]]] | None = None,
