@@ -232,9 +232,12 @@ def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path 
         keep=kept.__setitem__ if out is not None else None,
     )
     if out is not None:
-        from termwise.algorithms.packed_model import write_packed
+        from termwise.algorithms.packed_model import PackedModelWriter
 
-        write_packed(subject.model, kept, format, out)
+        with PackedModelWriter(subject.model, format, out) as writer:
+            for name, tensor in kept.items():
+                writer.add(name, tensor)
+            writer.finish()
     reason = reason or failure
     if as_json:
         console.print_json(

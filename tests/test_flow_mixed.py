@@ -10,12 +10,10 @@ import pytest
 
 from termwise.algorithms.assignment import format_names_of, read_assignment
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import get_format
 from termwise.algorithms.mixed_precision import Evolution
 from termwise.algorithms.models import Model, open_model
 from termwise.algorithms.text import read_text, text_of
 from termwise.flow.mixed import limited, markdown, mix
-from termwise.flow.quality import evaluate_format
 from termwise.flow.records import to_json
 
 EVOLUTION = Evolution(generations=1, offspring=2, shares=(), survivors=())
@@ -101,12 +99,3 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(model: Model, 
 
     with pytest.raises(InputError, match=r"expected a file \.toml or \.json"):
         mix(model, **arguments, out=Path("formats.yaml"), progress=no_step)
-
-
-def test_a_model_is_quantized_layer_by_layer_as_assigned(model: Model) -> None:
-    assignment = {name: get_format(FORMATS[place % 3]) for place, name in enumerate(model.matrix_names)}
-    quality, _, _ = evaluate_format(model, assignment, None)
-    for layer in quality.layers:
-        alone, _, _ = evaluate_format(model, assignment[layer.name], None)
-        assert layer in alone.layers
-    assert [layer.format for layer in quality.layers] == [format.name for format in assignment.values()]
