@@ -157,8 +157,7 @@ class Model:
             return f"{self.name} is a set of matrices without a config.json"
         structure = self.structure
         if structure.missing:
-            some = ", ".join(structure.missing[:3]) + (", ..." if len(structure.missing) > 3 else "")
-            return f"the checkpoint lacks {len(structure.missing)} tensors of {structure.architecture}: {some}"
+            return _lacking(structure)
         if encoder and not structure.encoder:
             return f"{structure.architecture} is no encoder of sentences"
         if not encoder and not structure.causal:
@@ -208,6 +207,20 @@ class Model:
             missing = min(report["missing_keys"])
             raise InputError(f"{self.location}: transformers finds no tensor for {missing} in the checkpoint")
         return module.eval()
+
+    def skeleton(self) -> tuple[Any, dict[str, str]]:
+        """transformers' own module without memory for its parameters, and the checkpoint's tensor of each of them.
+
+        Parameters are on torch's ``meta`` device and shared ones stay shared; buffers are real. Raises ``InputError``
+        where the architecture is unknown, or the checkpoint lacks a tensor that it needs.
+        """
+        if self.config is None:
+            raise InputError(f"{self.name} cannot be run: it is a set of matrices without a config.json")
+        if self.structure.missing:
+            raise InputError(f"{self.name} cannot be run: {_lacking(self.structure)}")
+        module = _build(self.config, self.location, real_buffers=True)
+        tensors = {name: tensor for name, tensor in _tensors(module, self.checkpoint).items() if tensor is not None}
+        return module.eval(), tensors
 
 
 def open_model(reference: str | Path) -> Model:
@@ -357,29 +370,70 @@ def _class_of(configuration: Any) -> Any:
     return getattr(transformers, name)
 
 
+def _lacking(structure: Structure) -> str:
+    """Which tensors the checkpoint lacks, for a message."""
+    some = ", ".join(structure.missing[:3]) + (", ..." if len(structure.missing) > 3 else "")
+    return f"the checkpoint lacks {len(structure.missing)} tensors of {structure.architecture}: {some}"
+
+
+def _build(config: Mapping[str, Any], location: Path, *, real_buffers: bool) -> Any:
+    """The module that ``config`` names, its parameters on torch's meta device; its buffers as well, or real ones."""
+    import torch
+
+    with _quiet_transformers():
+        configuration = _configuration(config, location)
+        kind = _class_of(configuration)
+        try:
+            with _parameters_on_meta() if real_buffers else torch.device("meta"):
+                module = kind(configuration)
+                module.tie_weights()
+        except InputError:
+            raise
+        except Exception as error:  # sizes that do not fit together, missing packages
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{location}: no {kind.__name__} can be built from config.json: {reason}") from error
+    return module
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that a module registers lose their memory at once; a parameter that is shared stays the same."""
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def without_memory(_module: Any, _name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None  # keep it as it is
+        return torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_memory)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensors(module: Any, checkpoint: Checkpoint) -> dict[str, str | None]:
+    """The tensor of every parameter of ``module``, None where the checkpoint lacks it."""
+    aliases: dict[int, list[str]] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    return {
+        name: _tensor_of(aliases[id(parameter)], name, module.base_model_prefix, checkpoint)
+        for name, parameter in parameters.items()
+    }
+
+
 def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: Path) -> Structure:
     """The structure of the architecture that ``config`` names, mapped to the tensors of ``checkpoint``."""
     import torch
     from transformers.models.auto import modeling_auto as auto
     from transformers.pytorch_utils import Conv1D
 
-    with _quiet_transformers():
-        configuration = _configuration(config, location)
-        kind = _class_of(configuration)
-        try:
-            with torch.device("meta"):
-                module = kind(configuration)
-            module.tie_weights()
-        except InputError:
-            raise
-        except Exception as error:  # sizes that do not fit together, missing packages
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{location}: no {kind.__name__} can be built from config.json: {reason}") from error
-
-    aliases: dict[int, list[str]] = {}
+    module = _build(config, location, real_buffers=False)
+    configuration, kind = module.config, type(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        aliases.setdefault(id(parameter), []).append(name)
     experts = next((name for name, parameter in parameters.items() if parameter.ndim == 3 and "expert" in name), None)
     if experts is not None:
         raise InputError(
@@ -388,13 +442,12 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
         )
     tensors: dict[str, str] = {}
     missing = []
-    for name, parameter in parameters.items():
-        found = _tensor_of(aliases[id(parameter)], name, module.base_model_prefix, checkpoint)
+    for name, found in _tensors(module, checkpoint).items():
         if found is None:
             missing.append(name)
             continue
         tensors[name] = found
-        stored, expected = checkpoint.headers[found].shape, tuple(parameter.shape)
+        stored, expected = checkpoint.headers[found].shape, tuple(parameters[name].shape)
         if stored != expected:
             raise InputError(
                 f"{checkpoint.headers[found].file}: tensor {found!r} has the shape {list(stored)}; "

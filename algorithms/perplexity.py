@@ -61,7 +61,7 @@ class Evaluator(LoadedModel):
         self._cache_format: KeyValueCacheFormat | None = None
         context = getattr(self._module.config, "max_position_embeddings", None)
         self.window_tokens = min(MAXIMUM_WINDOW, context) if isinstance(context, int) else MAXIMUM_WINDOW
-        self._windows, self._bytes = _windows(model, text, self.window_tokens)
+        self._windows, self._bytes = text_windows(model, text, self.window_tokens)
         if not self._windows:
             raise InputError(
                 f"the text {text.name} has no token that {model.name} could predict; expected a longer one"
@@ -159,7 +159,7 @@ def perplexity(
     return evaluator.perplexity()
 
 
-def _windows(model: Model, text: Text, length: int) -> tuple[list[NDArray[np.int64]], int]:
+def text_windows(model: Model, text: Text, length: int) -> tuple[list[NDArray[np.int64]], int]:
     """Windows of at least two tokens, [tokens] each, and the bytes of text that their predicted tokens stand for."""
     tokenizer = model.tokenizer()
     begin = [] if tokenizer.begin_of_sequence is None else [tokenizer.begin_of_sequence]

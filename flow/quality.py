@@ -19,10 +19,10 @@ from termwise.algorithms.datatypes import special_value
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import FREE, Format
 from termwise.algorithms.grid import row_blocks
-from termwise.algorithms.models import Matrix, Model
+from termwise.algorithms.models import TINY, Matrix, Model
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor, quantization_error, quantize
 from termwise.algorithms.shapes import ModelShape
-from termwise.algorithms.text import Text
+from termwise.algorithms.text import Text, training_text
 
 if TYPE_CHECKING:
     from termwise.algorithms.calibrated import CalibrationMethod
@@ -44,6 +44,11 @@ class Calibration:
 
     text: Text
     method: CalibrationMethod | None = None
+
+
+def default_calibration(model: Model) -> Calibration | None:
+    """The text that ``tiny`` was trained on, for ``tiny``; no other model has a text of its own here."""
+    return Calibration(text=training_text()) if model.name == TINY else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +149,7 @@ def histogram_of(weights: Matrix, tensor: QuantizedTensor) -> dict[str, float]:
     assert isinstance(tensor.coder, Grid)
     counts_of_types = np.bincount(tensor.coder.chosen.ravel(), minlength=len(types))
     values = [special_value(datatype) for datatype in types]
-    labels = [
-        datatype.name if value is None else f"{value:+g}" for datatype, value in zip(types, values, strict=True)
-    ]
+    labels = [datatype.name if value is None else f"{value:+g}" for datatype, value in zip(types, values, strict=True)]
     return {label: float(count / counts_of_types.sum()) for label, count in zip(labels, counts_of_types, strict=True)}
 
 

@@ -49,6 +49,12 @@ def held_out_documents() -> list[str]:
     return [text for name, text in sorted(topics.items()) if is_held_out(name)]
 
 
+def training_topics() -> list[str]:
+    """The training documents among the topics; needs no scan of the standard library."""
+    documents = [text for name, text in sorted(topics.items()) if not is_held_out(name)]
+    return drop_shared_paragraphs(documents, held_out_documents())
+
+
 def training_groups() -> dict[str, list[str]]:
     """The training documents by origin: ``topics``, ``docstrings`` (one per module) and ``source`` (one per module).
 
@@ -68,13 +74,12 @@ def training_groups() -> dict[str, list[str]]:
             docstrings.append(document + "\n")
         if text.strip() and not _TABLES.intersection(path.parts):
             source.append(text)
-    groups = {
-        "topics": [text for name, text in sorted(topics.items()) if not is_held_out(name)],
-        "docstrings": docstrings,
-        "source": source,
-    }
     held_out = held_out_documents()
-    return {name: drop_shared_paragraphs(documents, held_out) for name, documents in groups.items()}
+    return {
+        "topics": training_topics(),
+        "docstrings": drop_shared_paragraphs(docstrings, held_out),
+        "source": drop_shared_paragraphs(source, held_out),
+    }
 
 
 def training_documents() -> list[str]:
