@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
@@ -45,6 +45,9 @@ Choice = tuple[int, ...]
 
 Sensitivity = Literal["loss", "output"]
 SENSITIVITIES: tuple[Sensitivity, ...] = ("loss", "output")
+
+Gram = NDArray[np.float32] | NDArray[np.float64]
+"""Xᵀ X of a layer's input X [tokens, inputs]: [inputs, inputs]."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -253,7 +256,7 @@ def loss_sensitivities(
 def output_sensitivities(
     layers: QuantizedLayers,
     candidates: Candidates,
-    grams: Mapping[str, NDArray[np.floating[Any]]],
+    grams: Iterable[tuple[str, Gram]],
     progress: Progress = no_progress,
 ) -> NDArray[np.float64]:
     """Sensitivity ``output``: relative squared error of a layer's output, ‖X (W - Ŵ)ᵀ‖² / ‖X Wᵀ‖².
@@ -261,7 +264,8 @@ def output_sensitivities(
     Args:
         layers: the layers in all formats.
         candidates: what may be chosen.
-        grams: Xᵀ X of every layer's input X [tokens, inputs] on calibration text: [inputs, inputs].
+        grams: name of every layer, in any order, and Xᵀ X of its input X [tokens, inputs] on calibration text:
+            [inputs, inputs]. One is in memory at a time if they are made one at a time.
         progress: told of every layer.
 
     HAWQ-V3 minimises the sum over layers of a second-order perturbation: average trace of the Hessian × ‖W - Ŵ‖². Here
@@ -272,23 +276,30 @@ def output_sensitivities(
     Returns: float64 [layers, formats], without a unit.
     Raises ``InputError`` where the Gram matrix of a layer is missing, has another shape, or gives no output at all.
     """
-    result = np.empty((len(candidates.layers), len(candidates.formats)))
-    for row, layer in enumerate(candidates.layers):
+    found: dict[str, list[float]] = {}
+    for layer, gram in grams:
         weights = layers.model.matrix(layer)
-        gram = grams.get(layer)
-        if gram is None or list(gram.shape) != [weights.shape[1]] * 2:
-            found = "none" if gram is None else f"one of shape {list(gram.shape)}"
-            raise InputError(f"Gram matrix of {layer}: {found}; expected [{weights.shape[1]}, {weights.shape[1]}]")
-        exact = gram.astype(np.float64)
+        if list(gram.shape) != [weights.shape[1]] * 2:
+            raise InputError(
+                f"the Gram matrix of {layer} has the shape {list(gram.shape)}; "
+                f"expected [{weights.shape[1]}, {weights.shape[1]}]"
+            )
+        exact = gram.astype(np.float64, copy=False)
         signal = sum(_energy(block.astype(np.float64), exact) for _, block in row_blocks(weights))
         if not signal > 0:
             raise InputError(f"the output of {layer} is zero on the calibration text; expected inputs and weights")
-        for column, format in enumerate(candidates.formats):
+        found[layer] = []
+        for format in candidates.formats:
             whole = layers.tensor(layer, format, weights).dequantize()
             noise = sum(_energy(block.astype(np.float64) - whole[rows], exact) for rows, block in row_blocks(weights))
-            result[row, column] = noise / signal
-        progress("sensitivity", row + 1, len(candidates.layers))
-    return result
+            found[layer].append(noise / signal)
+        progress("sensitivity", len(found), len(candidates.layers))
+    missing = [layer for layer in candidates.layers if layer not in found]
+    if missing:
+        raise InputError(
+            f"no Gram matrix of {missing[0]}: the calibration never reached that layer; expected one of every layer"
+        )
+    return np.array([found[layer] for layer in candidates.layers])
 
 
 def _energy(weights: NDArray[np.float64], gram: NDArray[np.float64]) -> float:
@@ -631,7 +642,7 @@ def choose_formats(
     calibration: Text,
     evaluation: Text,
     sensitivity: Sensitivity = "loss",
-    grams: Mapping[str, NDArray[np.floating[Any]]] | None = None,
+    grams: Iterable[tuple[str, Gram]] | None = None,
     evolution: Evolution | None = None,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress = no_progress,

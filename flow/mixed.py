@@ -6,7 +6,7 @@ file of it can be read wherever a format per layer is taken (see ``algorithms.as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +17,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.mixed_precision import (
     Evolution,
+    Gram,
     MixedChoice,
     Outcome,
     Progress,
@@ -33,7 +34,6 @@ from termwise.flow.records import strict, versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 DEFAULT_FORMATS: Final = ("bitmod-w3g128", "bitmod-w4g128", "int-w6g128", "int-w8g128")
 """What may be chosen unless other formats are named."""
@@ -53,6 +53,19 @@ def limited(text: Text, size_bytes: int) -> Text:
     return text if found <= size_bytes else share_of(text, size_bytes / found)
 
 
+def gram_matrices(model: Model, text: Text) -> Iterator[tuple[str, Gram]]:
+    """Xᵀ X of every linear layer's input X [tokens, inputs] on ``text``, block by block: float64 [inputs, inputs].
+
+    Raises ``InputError`` as ``Calibration`` does.
+    """
+    from termwise.algorithms.calibration import Calibration
+
+    for stage in Calibration(model, text, quantized_inputs=False).stages():
+        for shared in stage.statistics():
+            for layer in shared.layers:
+                yield layer, shared.statistics.gram
+
+
 def mix(
     model: Model,
     *,
@@ -61,7 +74,6 @@ def mix(
     evaluation: Text,
     formats: Sequence[str] = DEFAULT_FORMATS,
     sensitivity: Sensitivity = "loss",
-    grams: Mapping[str, NDArray[np.floating[Any]]] | None = None,
     evolution: Evolution | None = None,
     calibration_bytes: int = CALIBRATION_BYTES,
     out: Path | None = None,
@@ -77,7 +89,6 @@ def mix(
         evaluation: what the result is measured on; it has no document of ``calibration``.
         formats: names of the formats to choose from.
         sensitivity: ``loss`` or ``output``.
-        grams: for ``output``: Xᵀ X of every layer's input on the calibration text.
         evolution: settings of the search.
         calibration_bytes: see ``calibration``.
         out: file for the formats, ``.toml`` or ``.json``.
@@ -89,14 +100,15 @@ def mix(
     """
     if out is not None and out.suffix not in (".toml", ".json"):  # before hours of work
         raise InputError(f"{out} ends in {out.suffix!r}; expected a file .toml or .json for the formats")
+    part = limited(calibration, calibration_bytes)
     choice = choose_formats(
         model,
         [get_format(name) for name in formats],
         bits_per_weight=bits_per_weight,
-        calibration=limited(calibration, calibration_bytes),
+        calibration=part,
         evaluation=evaluation,
         sensitivity=sensitivity,
-        grams=grams,
+        grams=gram_matrices(model, part) if sensitivity == "output" else None,
         evolution=evolution,
         progress=progress,
     )

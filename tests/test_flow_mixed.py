@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from termwise.algorithms.assignment import format_names_of, read_assignment
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.mixed_precision import Evolution
 from termwise.algorithms.models import Model, open_model
+from termwise.algorithms.perplexity import Evaluator
 from termwise.algorithms.text import read_text, text_of
-from termwise.flow.mixed import limited, markdown, mix
+from termwise.flow.mixed import gram_matrices, limited, markdown, mix
 from termwise.flow.records import to_json
 
 EVOLUTION = Evolution(generations=1, offspring=2, shares=(), survivors=())
@@ -51,6 +53,25 @@ def test_the_document_is_strict_json_and_a_file_of_formats(
     from_result = read_assignment(path, model.matrix_names)
     assert from_result == read_assignment(folder / "formats.toml", model.matrix_names)
     assert format_names_of(from_result) == document["formats"]
+
+
+def test_output_errors_are_those_of_the_inputs_on_the_text(model: Model, arguments: dict[str, Any]) -> None:
+    text = text_of("words", ["a sentence that fills a window of sixty-four tokens, since one byte is one token"])
+    read: dict[str, Any] = {}
+
+    def observe(name: str, inputs: Any) -> None:
+        exact = inputs.astype(np.float64)
+        read[name] = read.get(name, 0) + exact.T @ exact
+
+    Evaluator(model, text).observe_inputs(observe)
+    grams = dict(gram_matrices(model, text))
+    assert grams.keys() == read.keys()
+    for name, gram in grams.items():
+        # Products of at most 128 tokens are summed in float32; the greatest sum of magnitudes is on the diagonal.
+        np.testing.assert_allclose(gram, read[name], rtol=0, atol=128 * 2.0**-24 * read[name].max())
+    document = mix(model, **{**arguments, "calibration": text}, sensitivity="output", evolution=EVOLUTION)
+    assert document["sensitivity"] == "output"
+    assert document["integer_program"]["predicted_calibration_loss"] is None
 
 
 def test_layers_add_up_to_the_whole(written: tuple[dict[str, Any], Path]) -> None:

@@ -196,7 +196,7 @@ class TestSensitivities:
         layers = QuantizedLayers(model, FORMATS)
         generator = np.random.default_rng(5)
         inputs = {name: generator.normal(size=(70, weights.shape[1])) for name, weights in model.matrices()}
-        found = output_sensitivities(layers, layers.candidates(), {name: x.T @ x for name, x in inputs.items()})
+        found = output_sensitivities(layers, layers.candidates(), ((name, x.T @ x) for name, x in inputs.items()))
         for row, (name, weights) in enumerate(model.matrices()):
             exact = inputs[name] @ weights.astype(np.float64).T
             for column, format in enumerate(FORMATS):
@@ -207,7 +207,7 @@ class TestSensitivities:
     def test_output_sensitivity_is_hawqs_for_uncorrelated_inputs_of_equal_size(self, model: Model) -> None:
         layers = QuantizedLayers(model, FORMATS)
         grams = {name: 3.0 * np.eye(weights.shape[1]) for name, weights in model.matrices()}
-        found = output_sensitivities(layers, layers.candidates(), grams)
+        found = output_sensitivities(layers, layers.candidates(), grams.items())
         weights = model.matrix(model.matrix_names[2]).astype(np.float64)
         hessian = grams[model.matrix_names[2]] / (3.0 * (weights**2).sum())
         average_trace = np.trace(hessian) / len(hessian)
@@ -215,7 +215,7 @@ class TestSensitivities:
         assert found[2, 0] == pytest.approx(average_trace * perturbation.sum(), rel=1e-9)
 
     @pytest.mark.parametrize(
-        ("gram", "message"), [(None, "none; expected"), (np.eye(3), r"shape \[3, 3\]"), (np.zeros((32, 32)), "zero")]
+        ("gram", "message"), [(None, "no Gram matrix of"), (np.eye(3), r"shape \[3, 3\]"), (np.zeros((32, 32)), "zero")]
     )
     def test_a_bad_gram_matrix_is_refused_with_the_layer(
         self, model: Model, gram: NDArray[np.float64] | None, message: str
@@ -227,7 +227,7 @@ class TestSensitivities:
         if gram is not None:
             grams[name] = gram
         with pytest.raises(InputError, match=message) as caught:
-            output_sensitivities(layers, layers.candidates(), grams)
+            output_sensitivities(layers, layers.candidates(), grams.items())
         assert name in str(caught.value)
 
 
@@ -345,7 +345,7 @@ class TestChoice:
             calibration=text,
             evaluation=OTHER_TEXT,
             sensitivity="output",
-            grams=grams,
+            grams=grams.items(),
             evolution=Evolution(generations=0),
         )
         assert found.chosen == found.integer
