@@ -28,6 +28,14 @@ INK: Final = "#1d2733"
 MUTED: Final = "#5d6b7a"
 GRID: Final = "#e4e8ed"
 
+STYLE: Final[Any] = {
+    "font.family": ["DejaVu Sans"],
+    "svg.hashsalt": "termwise",
+    "svg.fonttype": "path",
+    "axes.unicode_minus": True,
+}
+"""Matplotlib's settings for every figure."""
+
 _FAMILY_COLOURS: Final[Mapping[Family, str]] = {
     "fp16": "#2b2f36",
     "int-asym": "#0a7f83",
@@ -333,6 +341,22 @@ def _legend(figure: Figure, colours: Mapping[str, str], markers: Mapping[str, tu
     )
 
 
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write ``figure`` to ``folder`` as ``stem``.png and ``stem``.svg; equal figures in ``STYLE`` give equal files.
+
+    Raises ``InputError`` where the folder cannot be written.
+    """
+    written = []
+    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        content = BytesIO()
+        figure.savefig(content, format=suffix, metadata=metadata)
+        path = folder / f"{stem}.{suffix}"
+        with written_beside(path) as temporary:
+            temporary.write_bytes(content.getvalue())
+        written.append(path)
+    return written
+
+
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write ``pareto.png`` and ``pareto.svg`` to ``folder``; nothing where no point can be drawn.
 
@@ -349,13 +373,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     shown = [point for model, phase in panels for point in drawn_points(results, model, phase)]
     colours = format_colours(list(dict.fromkeys(point.format for point in shown)))
     markers = accelerator_markers(list(dict.fromkeys(point.accelerator for point in shown)))
-    settings: Any = {
-        "font.family": ["DejaVu Sans"],
-        "svg.hashsalt": "termwise",
-        "svg.fonttype": "path",
-        "axes.unicode_minus": True,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 0.5 + 4.6 * len(panels)), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 2, squeeze=False)
@@ -392,14 +410,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                     axes.transData.transform(places),
                     axes.transData.transform(corners).tolist() if corners else [],
                 )
-        written = []
-        for name, metadata in (("pareto.png", {"Software": None}), ("pareto.svg", {"Date": None, "Creator": None})):
-            content = BytesIO()
-            figure.savefig(content, format=name.rsplit(".", 1)[1], metadata=metadata)
-            with written_beside(folder / name) as temporary:
-                temporary.write_bytes(content.getvalue())
-            written.append(folder / name)
-    return written
+        return save(figure, folder, "pareto")
 
 
 LAYERS_NAMED: Final = 80
