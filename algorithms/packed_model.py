@@ -182,12 +182,19 @@ class PackedModelWriter:
         if not file.is_file():
             return None
         headers = {header.name: header for header in read_headers(file, open_safetensors(file))}
-        format, shape = self._formats[name], self._shapes[name]
+        format, shape = self._stored_format(name), self._shapes[name]
         _check_parts(name, format, shape, headers, file)
         return _read_layer(name, format, shape, headers)
 
+    def _stored_format(self, name: str) -> Format:
+        """The format that a finished layer has: the one that was asked for, or its twin in the other direction."""
+        metadata = open_safetensors(self._layer_file(name)).metadata() or {}
+        return get_format(metadata.get("format", self._formats[name].name))
+
     def add(self, name: str, tensor: QuantizedTensor) -> None:
         """Keep the finished layer ``name``: it is on the disk when this returns.
+
+        Its groups may lie in the other direction than its format says, as AdaDim chooses.
 
         Raises ``InputError`` when ``tensor`` has another format or shape than the layer, or cannot be written.
         """
@@ -196,7 +203,7 @@ class PackedModelWriter:
 
         file = self._layer_file(name)
         format, shape = self._formats[name], self._shapes[name]
-        if (tensor.format, tensor.shape) != (format, shape):
+        if (tensor.format.along_inputs, tensor.shape) != (format.along_inputs, shape):
             raise InputError(
                 f"layer {name!r}: got {tensor.format.name} {list(tensor.shape)}; expected {format.name} {list(shape)}"
             )
@@ -205,10 +212,10 @@ class PackedModelWriter:
             key: TensorHeader(name=key, file=file, shape=values.shape, dtype=DTYPE_NAMES[values.dtype.name])
             for key, values in arrays.items()
         }
-        _check_parts(name, format, shape, headers, file)
+        _check_parts(name, tensor.format, shape, headers, file)
         with written_beside(file) as temporary:
             try:
-                save_file(arrays, temporary)
+                save_file(arrays, temporary, metadata={"format": tensor.format.name})
             except SafetensorError as error:  # the library's own kind, also for a full disk
                 raise InputError(f"cannot write {file}: {error}; expected a writable place with free space") from error
             with temporary.open("rb") as stream:
@@ -229,9 +236,12 @@ class PackedModelWriter:
         with input_error_on_failure(self._directory):
             shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
-            metadata = {_CONFIG_KEY: json.dumps(self._description)}
+            description = json.loads(json.dumps(self._description))
+            for name, layer in description["layers"].items():
+                layer["format"] = self._stored_format(name).name
+            metadata = {_CONFIG_KEY: json.dumps(description)}
             write_shards(finished, [*layers, *self._kept], metadata, shard_bytes=self._shard_bytes)
-            write_surroundings(self._model, finished, {_CONFIG_KEY: self._description})
+            write_surroundings(self._model, finished, {_CONFIG_KEY: description})
             finished.replace(self._directory)
             shutil.rmtree(self._partial)
 

@@ -268,7 +268,7 @@ def quantize(
         score_sentence,
         summary_sentence,
     )
-    from termwise.flow.subject import NO_WEIGHTS, open_subject, open_text
+    from termwise.flow.subject import open_text
 
     if (format_name is None) == (assignment is None):
         raise InputError("quantize takes one of --format FORMAT and --formats FILE")
@@ -278,34 +278,32 @@ def quantize(
         formats = get_format(format_name if compat is None else f"{format_name}:compat={compat}")
     elif compat is not None:
         raise InputError("--compat goes with --format; in a file of formats it is written behind their names")
-    subject = open_subject(model)
-    if subject.model is None:
-        raise InputError(f"{model}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
+    opened = _model_with_weights(model)
     if out is not None:
         check_new_folder(out)
     if assignment is not None:
-        from termwise.algorithms.mixed_precision import read_assignment
+        from termwise.algorithms.assignment import read_assignment
 
-        formats = read_assignment(assignment, subject.model)
-    reason = subject.model.not_runnable_reason
-    if reason is not None and subject.model.no_embedding_reason is None:
+        formats = read_assignment(assignment, opened.matrix_names)
+    reason = opened.not_runnable_reason
+    if reason is not None and opened.no_embedding_reason is None:
         reason = "the cache of keys and values belongs to language models" if cache is not None else None
     if reason is None:
-        reason = "--no-score" if no_score else memory_reason(subject.model)
+        reason = "--no-score" if no_score else memory_reason(opened)
     if cache is not None and reason is not None:
         raise InputError(f"--kv-cache {cache.name}: it is measured by the perplexity, and there is none: {reason}")
     text = open_text(text_file) if reason is None or text_file is not None else None
     request = Request(
-        model=subject.model,
+        model=opened,
         formats=formats,
         text=text if reason is None else None,
         no_score_reason=reason,
-        calibration=_calibration(subject.model, method_name, calibration_file),
+        calibration=_calibration(opened, method_name, calibration_file),
         cache=cache,
         out=out,
         report=report,
     )
-    total = len(subject.model.matrix_names) if format_name is not None else len(formats)
+    total = len(opened.matrix_names) if format_name is not None else len(formats)
 
     def wrap(layers: Iterator[Any]) -> Iterator[Any]:
         return console.progress(layers, total=total, label=request.format_name, unit="layer")
@@ -315,12 +313,185 @@ def quantize(
         console.print_json(document)
         return
     titles, rows = layer_columns(quality)
-    console.print_table(f"{subject.name} in {request.format_name}", titles, rows, left=(0, len(titles)))
+    console.print_table(f"{opened.name} in {request.format_name}", titles, rows, left=(0, len(titles)))
     console.print_text(summary_sentence(quality))
     console.print_text(score_sentence(document))
     for key, name in (("out", "packed model"), ("report", "report")):
         if document[key] is not None:
             console.print_text(f"{name}: {document[key]}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--bits", "budget", required=True, type=float, help="Bits per weight of all layers together, scales included."
+)
+@click.option("--format", "names", multiple=True, metavar="FORMAT", help="To choose from; once per format.")
+@click.option("--sensitivity", default="loss", show_default=True, help="loss or output: what a layer's format costs.")
+@click.option(
+    "--generations", default=20, show_default=True, type=click.IntRange(min=0), help="Of the evolution; 0: none."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the evolution.")
+@click.option(
+    "--calibration-text", "calibration_file", type=click.Path(path_type=Path), help="UTF-8 text to choose on."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="File for the formats (.toml or .json).")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report and its figure.")
+@_text_option
+@_json_option
+def mix(
+    *,
+    model: str,
+    budget: float,
+    names: tuple[str, ...],
+    sensitivity: str,
+    generations: int,
+    seed: int,
+    calibration_file: Path | None,
+    out: Path | None,
+    report: Path | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose a format for every layer of MODEL within a budget of bits per weight.
+
+    An integer program over measured sensitivities, then an evolutionary search on the loss itself; both on the
+    calibration text. The perplexity of the result, and of the best uniform format, is measured on the other text.
+    """
+    from termwise.algorithms.files import write_text
+    from termwise.algorithms.mixed_precision import Evolution
+    from termwise.flow.mixed import DEFAULT_FORMATS, markdown
+    from termwise.flow.mixed import mix as choose
+    from termwise.flow.subject import open_text
+
+    opened = _model_with_weights(model)
+    calibration = _calibration(opened, None, calibration_file)
+    if calibration is None:
+        raise InputError("mix chooses on a text of its own; expected --calibration-text FILE")
+    with _steps() as progress:
+        document = choose(
+            opened,
+            bits_per_weight=budget,
+            calibration=calibration.text,
+            evaluation=open_text(text_file),
+            formats=names or DEFAULT_FORMATS,
+            sensitivity=sensitivity,  # type: ignore[arg-type]  # checked where it is used
+            evolution=Evolution(generations=generations, seed=seed),
+            out=out,
+            figure=report,
+            progress=progress,
+        )
+    text = markdown(document)
+    if report is not None:
+        write_text(report / "report.md", text)
+    if as_json:
+        console.print_json(document)
+    else:
+        console.print_text(text)
+
+
+@main.command("special-values")
+@click.argument("model")
+@click.option("--bits", required=True, type=int, help="3 or 4.")
+@click.option("--group", "group_size", type=click.IntRange(min=1), help="Weights of a group.  [default: a row]")
+@click.option("--largest", default=8, show_default=True, help="Values of the largest table.")
+@_json_option
+def special_values(*, model: str, bits: int, group_size: int | None, largest: int, as_json: bool) -> None:
+    """Find the best special values of BitMoD for MODEL: tables of one value, two, and so on, beside the paper's."""
+    from termwise.algorithms.special_values import search
+
+    opened = _model_with_weights(model)
+    total = len(opened.matrix_names)
+    matrices = console.progress(opened.matrices(), total=total, label=opened.name, unit="layer")
+    found = search(matrices, bits, group_size, largest=largest)
+    document = {
+        "model": opened.name,
+        "model_digest": opened.digest,
+        "bits": bits,
+        "group_size": group_size,
+        "groups": found.groups,
+        "candidates": list(found.candidates),
+        "paper": found.paper.to_dict(),
+        "tables": [table.to_dict() for table in found.tables],
+    }
+    if as_json:
+        console.print_json(document)
+        return
+    group = "rows" if group_size is None else f"groups of {group_size}"
+    console.print_table(
+        f"Best special values of {opened.name}, {bits} bits, {group}, before the 8-bit scales",
+        ("values", "selector bits", "SQNR (dB)", "over the paper's (dB)", "share of each (%)", "format"),
+        [
+            (
+                ", ".join(f"{value:+g}" for value in table.values),
+                str(table.selector_bits),
+                console.number(table.sqnr_db, 5),
+                "–" if None in (table.sqnr_db, found.paper.sqnr_db) else _gain(table.sqnr_db, found.paper.sqnr_db),
+                ", ".join(f"{100 * share:.1f}" for share in table.shares),
+                "the paper's: " + table.format if table is found.paper else table.format,
+            )
+            for table in (*found.tables, found.paper)
+        ],
+        left=(0, 4, 5),
+    )
+    console.print_text(f"{found.groups:,} groups of {found.matrices} matrices, {len(found.candidates)} candidates")
+
+
+def _gain(decibels: float | None, base: float | None) -> str:
+    """Difference of two figures in decibels, with its sign."""
+    return f"{(decibels or 0.0) - (base or 0.0):+.3f}"
+
+
+@main.command()
+@click.argument("packed", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="MODEL", help="What was quantized.")
+@click.option("--to", "layout", required=True, metavar="LAYOUT", help="compressed-tensors or gguf.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory, or the GGUF file.")
+@click.option("--exact-scales", is_flag=True, help="compressed-tensors: FP32 scales, so that nothing is rounded.")
+@_json_option
+def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bool, as_json: bool) -> None:
+    """Write the packed model PACKED, from quantize --out, in a layout that other software reads."""
+    from termwise.algorithms.export import export_compressed_tensors, export_gguf
+
+    if layout not in ("compressed-tensors", "gguf"):
+        raise unknown_name("layout", layout, ("compressed-tensors", "gguf"))
+    opened = _model_with_weights(model)
+    notes: tuple[str, ...] = ()
+    if layout == "gguf":
+        notes = export_gguf(packed, opened, out)
+    else:
+        export_compressed_tensors(packed, opened, out, scale_dtype="float32" if exact_scales else "float16")
+    if as_json:
+        console.print_json({"model": opened.name, "layout": layout, "out": str(out), "notes": list(notes)})
+        return
+    console.print_text(f"{layout}: {out}")
+    for note in notes:
+        console.print_text(f"note: {note}")
+
+
+def _model_with_weights(reference: str) -> Model:
+    """The model that ``reference`` names. Raises ``InputError`` for a known shape."""
+    from termwise.flow.subject import NO_WEIGHTS, open_subject
+
+    subject = open_subject(reference)
+    if subject.model is None:
+        raise InputError(f"{reference}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
+    return subject.model
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error (a terminal only) for work of several steps: which one, done, in all."""
+    from tqdm import tqdm
+
+    with tqdm(total=0, file=sys.stderr, disable=None, leave=False) as bar:
+
+        def told(what: str, done: int, total: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield told
 
 
 def _calibration(model: Model, method_name: str | None, file: Path | None) -> Calibration | None:
