@@ -6,6 +6,7 @@ file of it can be read wherever a format per layer is taken (see ``algorithms.as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -294,7 +295,7 @@ def _draw_bits(axes: Axes, choice: MixedChoice, colours: Mapping[str, str]) -> N
 
 
 def _draw_sensitivities(axes: Axes, choice: MixedChoice, colours: Mapping[str, str]) -> None:
-    """A point per layer and format, the chosen one with a dark edge; logarithmic above the smallest chosen value."""
+    """A point per layer and format, the chosen one with a dark edge; linear around zero, else logarithmic."""
     _plain(axes)
     candidates = choice.candidates
     values = np.where(np.isfinite(choice.sensitivities), choice.sensitivities, np.nan)
@@ -312,6 +313,6 @@ def _draw_sensitivities(axes: Axes, choice: MixedChoice, colours: Mapping[str, s
             )
     greatest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     if greatest > 0:  # sensitivities may be negative or zero
-        axes.set_yscale("symlog", linthresh=greatest / 1000)
+        axes.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(greatest / 1000)))
     units = {"loss": "loss (nats per token)", "output": "relative squared error of the output"}
     axes.set_ylabel(f"sensitivity: {units[choice.sensitivity]}", fontsize=9, color=figures.INK)
