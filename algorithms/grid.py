@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -212,6 +213,64 @@ def _choose(
         _choose_row(weights[row], group_size, divisors, shared, common, own, chosen[row], largest[row])
 
 
+@njit  # type: ignore[untyped-decorator]
+def _settle_row(
+    weights: NDArray[np.float32],
+    group_size: int,
+    unit: float,
+    most: int,
+    largest: NDArray[np.float32],
+    chosen: NDArray[np.uint8],
+    divisors: NDArray[np.float64],
+    common: NDArray[np.float64],
+    own: NDArray[np.float64],
+    multiples: NDArray[np.uint8],
+) -> None:
+    values = np.empty(group_size)
+    magnitudes = np.empty(group_size)
+    nearest = np.empty((2, group_size))  # distance from the nearest level, at the lower and the upper multiple
+    for group in range(chosen.size):
+        start = group * group_size
+        count = min(group_size, weights.size - start)
+        for column in range(count):
+            values[column] = np.float64(weights[start + column])
+            magnitudes[column] = abs(values[column])
+            nearest[0, column] = np.inf
+            nearest[1, column] = np.inf
+        candidate = chosen[group]
+        lower = int(np.floor(np.float64(largest[group]) / divisors[candidate] / unit))
+        lower = min(max(lower, 1), most)
+        upper = min(lower + 1, most)
+        for side in range(2):
+            scale = unit * (upper if side else lower)
+            _approach(magnitudes, count, scale, common[candidate], nearest[side])
+            _approach(values, count, scale, own[candidate], nearest[side])
+        down, up = _sum_of_squares(nearest[0], count), _sum_of_squares(nearest[1], count)
+        multiples[group] = upper if up < down else lower
+        if up != down and abs(up - down) <= (count + 8) * 2.0**-52 * down:
+            multiples[group] = 0  # too close to be told apart in float64
+
+
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _settle(
+    weights: NDArray[np.float32],
+    group_size: int,
+    units: NDArray[np.float64],
+    most: int,
+    largest: NDArray[np.float32],
+    chosen: NDArray[np.uint8],
+    divisors: NDArray[np.float64],
+    common: NDArray[np.float64],
+    own: NDArray[np.float64],
+    multiples: NDArray[np.uint8],
+) -> None:
+    for row in prange(weights.shape[0]):
+        unit = units[row]
+        _settle_row(
+            weights[row], group_size, unit, most, largest[row], chosen[row], divisors, common, own, multiples[row]
+        )
+
+
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _below(value: float) -> np.float32:
     """Greatest float32 that is not above ``value``: a float32 exceeds ``value`` exactly when it exceeds this."""
@@ -372,6 +431,55 @@ def choose(
         start = group * group_size
         chosen[row, group] = choose_exactly(weights[row, start : start + group_size].tolist(), datatypes)
     return chosen, largest
+
+
+def settle_exactly(weights: Sequence[float], unit: Fraction, most: int, datatype: DataType) -> int:
+    """Multiple of ``unit`` that scales one group, in exact arithmetic: the reference of ``settle``."""
+    exact = [Fraction(float(weight)) for weight in weights]
+    lower = math.floor(float(max(map(abs, exact))) / datatype.max_numerator / float(unit))
+    lower = min(max(lower, 1), most)
+    errors = []
+    for multiple in (lower, min(lower + 1, most)):
+        levels = [unit * multiple * numerator for numerator in datatype.sorted_numerators]
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
+        errors.append(sum((value - levels[bisect.bisect_left(middles, value)]) ** 2 for value in exact))
+    return min(lower + 1, most) if errors[1] < errors[0] else lower
+
+
+def settle(
+    weights: NDArray[np.float32],
+    group_size: int,
+    largest: NDArray[np.float32],
+    chosen: NDArray[np.uint8],
+    units: NDArray[np.float64],
+    most: int,
+    datatypes: Sequence[DataType],
+    tables: Tables,
+) -> NDArray[np.uint8]:
+    """Scale of every group as a multiple of one number per row: the better of the two around max |w| / max |level|.
+
+    The least squared error wins, of equals the smaller multiple.
+
+    Args:
+        weights: float32 [rows, columns], finite.
+        group_size: columns of a group; the last group of a row may be shorter.
+        largest: largest magnitude of every group, float32 [rows, groups].
+        chosen: index of each group's data type, uint8 [rows, groups].
+        units: a multiple of 1, as the scale of a numerator, float64 [rows], of at most 24 significant bits.
+        most: the greatest multiple, at most 255; the least is 1.
+        datatypes: the data types.
+        tables: ``Tables(datatypes)``.
+
+    Returns:
+        The multiples, uint8 [rows, groups].
+    """
+    multiples = np.empty(largest.shape, dtype=np.uint8)
+    _settle(weights, group_size, units, most, largest, chosen, tables.divisors, tables.common, tables.own, multiples)
+    for row, group in np.argwhere(multiples == 0):
+        part = weights[row, group * group_size : (group + 1) * group_size].tolist()
+        datatype = datatypes[chosen[row, group]]
+        multiples[row, group] = settle_exactly(part, Fraction(float(units[row])), most, datatype)
+    return multiples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -65,7 +65,8 @@ class Structure:
 
     ``linears`` in the order of execution; ``head`` is the one that makes the logits; ``embedding`` is the tensor of the
     input embedding, which the head may share. ``parameters`` are the tensors that the architecture takes, ``missing``
-    those that it needs and the checkpoint lacks. ``causal`` says that the architecture predicts the next token.
+    those that it needs and the checkpoint lacks. ``causal`` says that the architecture predicts the next token,
+    ``encoder`` that it reads a sentence as a whole, with the tokens behind a token as well (BERT).
     """
 
     linears: tuple[Linear, ...]
@@ -75,6 +76,7 @@ class Structure:
     parameters: tuple[str, ...]
     missing: tuple[str, ...]
     causal: bool
+    encoder: bool
     architecture: str
 
 
@@ -142,12 +144,23 @@ class Model:
     @property
     def not_runnable_reason(self) -> str | None:
         """Why the model has no perplexity; None if it has one."""
+        return self._obstacle(encoder=False)
+
+    @property
+    def no_embedding_reason(self) -> str | None:
+        """Why the model gives no embeddings of sentences (``termwise.algorithms.embeddings``); None if it does."""
+        return self._obstacle(encoder=True)
+
+    def _obstacle(self, *, encoder: bool) -> str | None:
+        """Why the model cannot be run as a causal model, or as an encoder; None if it can."""
         if self.config is None:
             return f"{self.name} is a set of matrices without a config.json"
         structure = self.structure
         if structure.missing:
             return _lacking(structure)
-        if not structure.causal:
+        if encoder and not structure.encoder:
+            return f"{structure.architecture} is no encoder of sentences"
+        if not encoder and not structure.causal:
             return f"{structure.architecture} has no causal language-model head"
         if self._tokenizer_source() is None:
             return f"{self.location} holds no tokenizer"
@@ -172,13 +185,14 @@ class Model:
             return llama2c.Llama2cTokenizer.read(source, self.config["vocab_size"])
         return HuggingFaceTokenizer(source, self.config)
 
-    def load(self) -> Any:
+    def load(self, *, encoder: bool = False) -> Any:
         """The model as transformers' own module in float32 on the CPU, for evaluation.
 
-        Raises ``InputError`` where it cannot be run.
+        ``encoder``: to embed sentences, rather than to predict tokens. Raises ``InputError`` where it cannot be run.
         """
-        if self.not_runnable_reason is not None:
-            raise InputError(f"{self.name} cannot be run: {self.not_runnable_reason}")
+        obstacle = self._obstacle(encoder=encoder)
+        if obstacle is not None:
+            raise InputError(f"{self.name} cannot be run: {obstacle}")
         assert self.config is not None
         import torch
 
@@ -304,6 +318,7 @@ def _set_of_matrices(checkpoint: Checkpoint, location: Path) -> Structure:
         parameters=(),
         missing=(),
         causal=False,
+        encoder=False,
         architecture="a set of matrices",
     )
 
@@ -353,6 +368,17 @@ def _class_of(configuration: Any) -> Any:
     if not isinstance(name, str):
         raise InputError(f"model_type {model_type!r} has no model class in transformers; expected a language model")
     return getattr(transformers, name)
+
+
+def check_vocabulary(model: Model, module: Any, windows: Iterable[NDArray[np.int64]]) -> None:
+    """Raise ``InputError`` if ``windows`` hold a token of which ``module``, the model in memory, has no embedding."""
+    largest = max((int(window.max(initial=0)) for window in windows), default=0)
+    rows = int(module.get_input_embeddings().num_embeddings)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
+            "expected the tokenizer that belongs to the model"
+        )
 
 
 def _lacking(structure: Structure) -> str:
@@ -470,6 +496,8 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any], location: P
         missing=tuple(missing),
         causal=kind.__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         and configuration.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        encoder=configuration.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(configuration, "is_encoder_decoder", False),
         architecture=kind.__name__,
     )
 

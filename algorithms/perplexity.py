@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms.errors import InputError, TermwiseError
-from termwise.algorithms.models import Model
+from termwise.algorithms.kv_cache import KeyValueCacheFormat, get_cache_format, quantized_cache
+from termwise.algorithms.loaded_model import LoadedModel
+from termwise.algorithms.models import Model, check_vocabulary
 from termwise.algorithms.text import Text
 
 MAXIMUM_WINDOW = 2048
@@ -43,17 +46,19 @@ class Perplexity:
     window_tokens: int
 
 
-class Evaluator:
+class Evaluator(LoadedModel):
     """A model in memory, whose linear layers can be replaced between evaluations on one text.
+
+    ``replace`` puts weights in place, and what a layer's input passes through; ``quantize_cache`` does so for keys and
+    values; ``restore`` undoes both.
 
     Raises ``InputError`` when the model cannot be run or the text has no token to predict.
     """
 
     def __init__(self, model: Model, text: Text) -> None:
-        self._name, self._text_name = model.name, text.name
-        self._module: Any = model.load()
-        self._transposed = {linear.name: linear.transposed for linear in model.structure.linears}
-        self._original: dict[str, Any] = {}
+        super().__init__(model)
+        self._text_name = text.name
+        self._cache_format: KeyValueCacheFormat | None = None
         context = getattr(self._module.config, "max_position_embeddings", None)
         self.window_tokens = min(MAXIMUM_WINDOW, context) if isinstance(context, int) else MAXIMUM_WINDOW
         self._windows, self._bytes = text_windows(model, text, self.window_tokens)
@@ -61,46 +66,47 @@ class Evaluator:
             raise InputError(
                 f"the text {text.name} has no token that {model.name} could predict; expected a longer one"
             )
-        largest = max(int(window.max()) for window in self._windows)
-        rows = int(self._module.get_input_embeddings().num_embeddings)
-        if largest >= rows:
-            raise InputError(
-                f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
-                "expected the tokenizer that belongs to the model"
-            )
+        check_vocabulary(model, self._module, self._windows)
 
-    def replace(self, name: str, weights: NDArray[np.float32]) -> None:
-        """Put ``weights``, float32 [outputs, inputs], in the place of linear layer ``name``.
+    def quantize_cache(self, format: KeyValueCacheFormat | str) -> None:
+        """Hold keys and values in ``format``, or in the format of that name, from now on; see ``kv_cache``.
 
-        A head that shares its tensor with the embedding gets one of its own, so the embedding stays as it is.
+        Raises ``InputError`` for an unknown name, or a model whose attention cannot be told so.
         """
         import torch
 
-        layer = self._module.get_submodule(name)
-        self._original.setdefault(name, layer.weight)
-        values = weights.T if self._transposed[name] else weights
-        layer.weight = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(values)), requires_grad=False)
+        format = get_cache_format(format) if isinstance(format, str) else format
+        with torch.inference_mode(), quantized_cache(self._module, format, self.window_tokens) as attention:
+            self._forward(torch.zeros((1, 2), dtype=torch.int64))
+        attention.check_layers(self._name)
+        self._cache_format = format
 
     def restore(self) -> None:
-        """Put the model's own weights back."""
-        for name, parameter in self._original.items():
-            self._module.get_submodule(name).weight = parameter
-        self._original.clear()
+        """Put the model's own weights back; inputs, keys and values are untouched again."""
+        super().restore()
+        self._cache_format = None
+
+    def _sequences(self) -> list[NDArray[np.int64]]:
+        return self._windows
+
+    def _forward(self, tokens: Any) -> Any:
+        return self._module(input_ids=tokens, use_cache=False)
 
     def perplexity(self, progress: Callable[[int, int], None] | None = None) -> Perplexity:
         """Perplexity with the weights that are in place; ``progress`` is told tokens done and tokens in all.
 
-        Raises ``TermwiseError`` when the model's output is NaN, as it is with weights that overflow it.
+        Raises ``TermwiseError`` when the model's output is NaN, as it is with weights that overflow it, or when an
+        input that is to be quantized never came.
         """
         import torch
 
         total = sum(window.size for window in self._windows)
         done = predicted = 0
         likelihood = 0.0
-        with torch.inference_mode():
+        with torch.inference_mode(), self._cache():
             for batch in _batches(self._windows, self._module.config.vocab_size):
                 tokens = torch.from_numpy(batch)
-                logits = self._module(input_ids=tokens.clamp(min=0), use_cache=False).logits[:, :-1].float()
+                logits = self._forward(tokens.clamp(min=0)).logits[:, :-1].float()
                 losses = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none", ignore_index=PADDING
                 )
@@ -109,6 +115,7 @@ class Evaluator:
                 done += int((tokens != PADDING).sum())
                 if progress is not None:
                     progress(done, total)
+        self._check_inputs()
         if math.isnan(likelihood):
             raise TermwiseError(f"the output of {self._name} on {self._text_name} is NaN with the weights in place")
         try:
@@ -123,6 +130,12 @@ class Evaluator:
             negative_log_likelihood=likelihood,
             window_tokens=self.window_tokens,
         )
+
+    def _cache(self) -> AbstractContextManager[Any]:
+        """Within it, the model's attention reads the cache that ``quantize_cache`` asked for."""
+        if self._cache_format is None:
+            return nullcontext()
+        return quantized_cache(self._module, self._cache_format, self.window_tokens)
 
 
 def perplexity(

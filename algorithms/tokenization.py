@@ -61,6 +61,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self._tokenizer = _read_tokenizer(directory)
+        truncation = self._tokenizer.truncation
+        self.sentence_tokens: int | None = truncation["max_length"] if truncation else None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.begin_of_sequence: int | None = None
@@ -88,6 +90,17 @@ class HuggingFaceTokenizer:
         if end_bytes.size:
             end_bytes[-1] = bytes_up_to[-1]
         return Encoding(tokens=tokens, end_bytes=end_bytes)
+
+    def encode_sentence(self, text: str, maximum: int) -> NDArray[np.int64]:
+        """The tokens of ``text`` with the special ones that an encoder expects around it, at most ``maximum`` in all.
+
+        int64 [tokens]. ``sentence_tokens`` is the length to which the tokenizer's own file cuts, None if it does not.
+        """
+        self._tokenizer.enable_truncation(maximum)
+        try:
+            return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+        finally:
+            self._tokenizer.no_truncation()
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -1,13 +1,12 @@
-"""MX (OCP v1.0) and NVFP4: scales and elements against torchao's conversions and against the specification."""
+"""MX (OCP v1.0) and NVFP4: scales and elements against gfloat, ml_dtypes and the specification."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-
+import gfloat
+import gfloat.formats
+import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from termwise.algorithms.datatypes import get_datatype
@@ -22,43 +21,30 @@ def heavy_tailed(rows: int, columns: int, seed: int = 1) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_t(3, (rows, columns)) * 0.02).astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> None:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-
-
-@pytest.mark.parametrize("name", MX)
-def test_mx_equals_torchao(name: str) -> None:
-    from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
-
-    elements = {
-        "mxfp4": torch.float4_e2m1fn_x2,
-        "mxfp6_e2m3": "fp6_e2m3",
-        "mxfp6_e3m2": "fp6_e3m2",
-        "mxfp8_e4m3": torch.float8_e4m3fn,
-        "mxfp8_e5m2": torch.float8_e5m2,
-    }
+@pytest.mark.parametrize("name", [*MX, "mxint8"])
+def test_mx_equals_gfloat(name: str) -> None:
+    """Its scale rule and its block quantization, element by element."""
+    info = getattr(gfloat.formats, f"format_info_{'mxfp4_e2m1' if name == 'mxfp4' else name}")
     weights = heavy_tailed(16, 256)
-    scale, data = to_mx(torch.from_numpy(weights), elements[name], 32)
-    theirs = to_dtype(data, scale, elements[name], 32, torch.float32)
-    ours = quantize(weights, name)
-    np.testing.assert_array_equal(ours.parts["scales"], scale.view(torch.uint8).numpy().reshape(16, 8))
-    np.testing.assert_array_equal(ours.dequantize(), theirs.numpy().reshape(16, 256))
+    ours = quantize(weights, name).dequantize()
+    for row in range(16):
+        for start in range(0, 256, 32):
+            block = weights[row, start : start + 32].astype(np.float64)
+            theirs = gfloat.quantize_block(info, block, gfloat.compute_scale_amax)
+            np.testing.assert_array_equal(ours[row, start : start + 32], theirs)
 
 
-def test_nvfp4_equals_torchao() -> None:
-    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
-
+def test_nvfp4_equals_its_definition_in_ml_dtypes() -> None:
     weights = heavy_tailed(16, 256)
-    matrix = per_tensor_amax_to_scale(torch.tensor(np.abs(weights).max()))
-    scales, packed = nvfp4_quantize(torch.from_numpy(weights), per_tensor_scale=matrix)
-    ours = quantize(weights, "nvfp4")
-    np.testing.assert_array_equal(ours.parts["scales"], scales.view(torch.uint8).numpy().reshape(16, 16))
-    assert ours.parts["tensor_scale"][0] == matrix.item()
-    theirs = packed.numpy()
-    np.testing.assert_array_equal(ours.codes[:, 0::2] & 7, theirs & 7)  # theirs keeps the sign of a zero
-    np.testing.assert_array_equal(ours.codes[:, 1::2] & 7, theirs >> 4 & 7)
+    tensor = quantize(weights, "nvfp4")
+    matrix = np.float32(np.abs(weights).max().astype(np.float64) / 6 / 448)
+    assert tensor.parts["tensor_scale"][0] == matrix
+    groups = weights.reshape(16, 16, 16).astype(np.float64)
+    scales = (np.abs(groups).max(axis=2) / 6 / np.float64(matrix)).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(tensor.parts["scales"], scales.view(np.uint8))
+    total = scales.astype(np.float64)[:, :, None] * np.float64(matrix)
+    elements = np.clip(groups / total, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    np.testing.assert_array_equal(tensor.dequantize(), (elements * total).astype(np.float32).reshape(16, 256))
 
 
 @pytest.mark.parametrize("name", [*MX, "mxint8"])
