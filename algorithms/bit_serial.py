@@ -37,7 +37,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
 from termwise.algorithms.packing import pack, unpack
-from termwise.algorithms.processing_element import UnsupportedFormatError
+from termwise.algorithms.processing_element import UnsupportedFormatError, check_weights_can_be_read
 
 SPECIAL_WIDTHS = (3, 4)
 """Widths whose data types have a special value; wider weights are integers."""
@@ -68,6 +68,7 @@ class BitSerialSpec:
 
         Raises ``UnsupportedFormatError`` for values that have no such terms.
         """
+        check_weights_can_be_read(self.kind, weights)
         if weights.family in ("fp16", "olive"):
             raise UnsupportedFormatError(
                 f"the bit-serial PE (BitMoD) takes fixed-point weights of {self.fixed_point_bits} magnitude bits and "

@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; expected a JSON object") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; expected a JSON object") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}; expected a JSON object")
@@ -72,13 +72,10 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
         self.files, index = _files_and_index(directory)
         self._headers: dict[str, TensorHeader] = {}
-        self._opened: dict[Path, Any] = {}
         for file in self.files:
-            self._opened[file] = _open(file)
-            for header in _read_headers(file, self._opened[file]):
+            for header in read_headers(file, open_safetensors(file)):
                 if header.name in self._headers:
                     other = self._headers[header.name].file.name
                     raise InputError(
@@ -91,20 +88,19 @@ class SafetensorsCheckpoint:
                     f"{directory / shard} lacks the tensor {name!r}; the index of the checkpoint names it there"
                 )
 
-    def __reduce__(self) -> tuple[type[SafetensorsCheckpoint], tuple[Path]]:
-        """Another process opens the files anew: what holds them open cannot be sent."""
-        return SafetensorsCheckpoint, (self._directory,)
-
     @property
     def headers(self) -> Mapping[str, TensorHeader]:
         """The header of every tensor, by its name in the checkpoint."""
         return self._headers
 
     def read(self, name: str, *, transposed: bool = False) -> NDArray[np.float16] | NDArray[np.float32]:
-        """As ``Checkpoint.read``. Holds the result and one chunk of about 1 M elements, nothing else."""
+        """As ``Checkpoint.read``. Holds the result and one chunk of about 1 M elements, nothing else.
+
+        The file is mapped into memory for this call only, so that a large model does not fill it page by page.
+        """
         header = self._headers[name]
         check_weight(header)
-        stored = self._opened[header.file].get_slice(name)
+        stored = open_safetensors(header.file).get_slice(name)
         result: NDArray[Any] = np.empty(
             header.shape[::-1] if transposed else header.shape,
             dtype=np.float16 if header.dtype == "F16" else np.float32,
@@ -158,7 +154,8 @@ def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]
         for shard in shards:
             if Path(shard).name != shard:
                 raise InputError(f"{index_file} names the shard {shard!r}; expected a file name without a folder")
-        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = [shard for shard in shards if shard not in present]
         if missing:
             raise InputError(
                 f"{index_file} names {len(missing)} missing shard{'s' if len(missing) > 1 else ''}: "
@@ -174,7 +171,7 @@ def _files_and_index(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]
     return ((whole,) if whole in files else tuple(files)), {}
 
 
-def _open(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """The ``safetensors.safe_open`` of ``file``, which maps it into memory. Raises ``InputError``."""
     import ml_dtypes  # noqa: F401  # gives numpy the dtype that safetensors names bfloat16
     from safetensors import SafetensorError, safe_open
@@ -188,7 +185,7 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _read_headers(file: Path, opened: Any) -> list[TensorHeader]:
+def read_headers(file: Path, opened: Any) -> list[TensorHeader]:
     """The headers in one safetensors file."""
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
     return [

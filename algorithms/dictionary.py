@@ -34,52 +34,64 @@ def gaussian_limits(weights: Weights, threshold: float) -> tuple[float, float]:
     """Mean, and the distance from it beyond which a weight is an outlier, of ``weights`` [outputs, inputs].
 
     ln N(w; mean, deviation) < threshold where (w - mean)**2 > -2 deviation**2 (threshold + ln(deviation √(2 π))). All
-    weights are outliers where the right side is negative, none where all weights are equal.
+    weights are outliers (distance -1) where the right side is negative, none (infinity) where all weights are equal.
     """
     total = square = 0.0
+    least, greatest = np.inf, -np.inf
     for _, block in row_blocks(weights):
         total += float(block.sum(dtype=np.float64))
+        least, greatest = min(least, float(block.min())), max(greatest, float(block.max()))
     mean = total / weights.size
-    for _, block in row_blocks(weights):
-        distance = (block.astype(np.float64) - mean).ravel()
-        square += float(distance @ distance)
-    deviation = float(np.sqrt(square / weights.size))
-    if deviation == 0:
+    if least == greatest:
         return mean, np.inf
+    for _, block in row_blocks(weights):
+        square += float(np.square(block.astype(np.float64) - mean).sum())
+    deviation = float(np.sqrt(square / weights.size))
     reach = -2 * (threshold + np.log(deviation * np.sqrt(2 * np.pi)))
-    return mean, deviation * float(np.sqrt(max(reach, 0.0)))
+    return mean, -1.0 if reach < 0 else deviation * float(np.sqrt(reach))
 
 
 def centroids(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Dictionary of ``count`` centroids of ``values`` [any number, sorted], ascending, float32 [count]."""
+    """Dictionary of ``count`` centroids of ``values`` [at least one, sorted], ascending, float32 [count].
+
+    Where there are fewer values than centroids, bins without one begin at the median.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     edges = np.linspace(0, values.size, count + 1).round().astype(np.intp)
-    best = current = _means(sums, edges, np.full(count, values[values.size // 2], dtype=np.float64))
+    best = current = np.sort(_means(sums, edges, np.full(count, values[values.size // 2])))
     least = np.inf
     for _ in range(MOST_STEPS):
-        middles = ((current[1:] + current[:-1]) / 2).astype(np.float32)
-        edges = np.concatenate([[0], np.searchsorted(values, middles, side="right"), [values.size]])
+        edges = np.concatenate([[0], np.searchsorted(values, _last_below(current), side="right"), [values.size]])
         error = _absolute_error(values, sums, edges, current)
         if error >= least:
             break
         least, best = error, current
         current = _means(sums, edges, current)
-    return np.sort(best).astype(np.float32)
+    return best
 
 
-def _means(sums: NDArray[np.float64], edges: NDArray[np.intp], empty: NDArray[np.float64]) -> NDArray[np.float64]:
+def _last_below(current: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The greatest float32 that goes to the lower of every two neighbouring centroids: at most midway."""
+    exact = current.astype(np.float64)
+    middles = (exact[1:] + exact[:-1]) / 2
+    rounded = middles.astype(np.float32)
+    return np.where(rounded > middles, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+
+
+def _means(sums: NDArray[np.float64], edges: NDArray[np.intp], empty: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean of every bin between ``edges``, from the running ``sums``; of an empty one what ``empty`` says."""
     counts = np.diff(edges)
-    return np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), empty)
+    return np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), empty).astype(np.float32)
 
 
 def _absolute_error(
-    values: NDArray[np.float32], sums: NDArray[np.float64], edges: NDArray[np.intp], current: NDArray[np.float64]
+    values: NDArray[np.float32], sums: NDArray[np.float64], edges: NDArray[np.intp], current: NDArray[np.float32]
 ) -> float:
     """Sum of |value - centroid| over all bins, from the running ``sums`` of the sorted ``values``."""
-    middle = np.clip(np.searchsorted(values, current.astype(np.float32)), edges[:-1], edges[1:])
-    above = sums[edges[1:]] - sums[middle] - (edges[1:] - middle) * current
-    below = (middle - edges[:-1]) * current - (sums[middle] - sums[edges[:-1]])
+    exact = current.astype(np.float64)
+    middle = np.clip(np.searchsorted(values, current), edges[:-1], edges[1:])
+    above = sums[edges[1:]] - sums[middle] - (edges[1:] - middle) * exact
+    below = (middle - edges[:-1]) * exact - (sums[middle] - sums[edges[:-1]])
     return float((above + below).sum())
 
 
@@ -97,7 +109,8 @@ def fit(weights: Weights, format: Format) -> Parts:
         positions.append((np.flatnonzero(far) + rows.start * weights.shape[1]).astype(np.uint32))
         outliers.append(block[far])
         others.append(block[~far])
-    normal = np.sort(np.concatenate(others))
+    normal = np.concatenate(others)
+    normal.sort()
     count = 1 << format.weight_bits
     return {
         "dictionary": centroids(normal, count) if normal.size else np.zeros(count, dtype=np.float32),
@@ -123,6 +136,8 @@ class DictionaryCoder:
         self, shape: tuple[int, ...], rows: slice, columns: slice
     ) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
         """(row, column) of every outlier in a part of the matrix of that ``shape``, and their values."""
+        if {rows.step, columns.step} - {None, 1} or min(rows.start or 0, columns.start or 0) < 0:
+            raise ValueError(f"rows {rows}, columns {columns}: expected neighbours, counted from the start")
         first_row, first_column = rows.start or 0, columns.start or 0
         found = slice(*np.searchsorted(self.positions, [first_row * self.inputs, (first_row + shape[0]) * self.inputs]))
         row, column = np.divmod(self.positions[found], self.inputs)
@@ -133,8 +148,7 @@ class DictionaryCoder:
         self, weights: NDArray[np.float32], rows: slice = slice(None), columns: slice = slice(None)
     ) -> NDArray[np.uint8]:
         """Index of the centroid nearest to each weight, of equals the lower; 0 for an outlier."""
-        exact = self.dictionary.astype(np.float64)
-        codes = np.searchsorted((exact[1:] + exact[:-1]) / 2, weights).astype(np.uint8)
+        codes = np.searchsorted(_last_below(self.dictionary), weights).astype(np.uint8)
         codes[self._outliers(weights.shape, rows, columns)[0]] = 0
         return codes
 

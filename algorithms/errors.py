@@ -24,8 +24,12 @@ class MissingToolError(TermwiseError):
     exit_status = 3
 
 
+SHOWN_NAMES = 24
+"""Accepted names that an error tells; of more, the first."""
+
+
 def unknown_name(what: str, name: object, accepted: Iterable[str]) -> InputError:
-    """The error for a name that is not in a closed list, with the nearest accepted name and the whole list.
+    """The error for a name that is not in a closed list, with the nearest accepted name and the first of the list.
 
     >>> print(unknown_name("accelerator", "oliv", ["fp16", "ant", "olive"]))
     unknown accelerator 'oliv': did you mean 'olive'? Accepted: fp16, ant, olive
@@ -33,4 +37,5 @@ def unknown_name(what: str, name: object, accepted: Iterable[str]) -> InputError
     names = list(accepted)
     near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {name!r}: {hint}Accepted: {', '.join(names)}")
+    shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+    return InputError(f"unknown {what} {name!r}: {hint}Accepted: {shown}")

@@ -13,7 +13,7 @@ from termwise.algorithms.errors import InputError
 
 
 @contextlib.contextmanager
-def _input_error_on_failure(path: Path) -> Iterator[None]:
+def input_error_on_failure(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write ``path`` into one sentence for the user."""
     try:
         yield
@@ -32,7 +32,7 @@ def _umask() -> int:
 
 def make_directory(path: Path) -> None:
     """Create ``path`` and its parents. Raises ``InputError`` where that is refused."""
-    with _input_error_on_failure(path):
+    with input_error_on_failure(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -42,7 +42,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     Raises ``InputError`` when the place cannot be written (read-only, full, not a directory).
     """
-    with _input_error_on_failure(path):
+    with input_error_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
@@ -69,7 +69,7 @@ def directory_written_beside(path: Path) -> Iterator[Path]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already; expected a new or empty directory")
-    with _input_error_on_failure(path):
+    with input_error_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:

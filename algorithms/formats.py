@@ -154,6 +154,11 @@ class Format:
         return dict(self.options).get(key) or _default(self, key)
 
     @property
+    def source(self) -> str:
+        """The paper or specification that defines the format."""
+        return self.datatypes[0].source if self.family == "type" else _SOURCES[self.family]
+
+    @property
     def weights_only(self) -> Format:
         """The same format with activations in floating point."""
         return replace(self, activation_bits=None)
@@ -278,6 +283,18 @@ def packed_row_bytes(values: int, bits: int) -> int:
     """Bytes of a row of ``values`` codes of ``bits`` bits: packed without gaps, padded to a whole byte."""
     return -(-values * bits // 8)
 
+
+_SOURCES: Mapping[Family, str] = MappingProxyType(
+    {
+        "fp16": "IEEE 754 binary16",
+        "int": "BitMoD section III (symmetric integers, FP16 scales)",
+        "int-asym": "BitMoD section III-C (24 bits per group)",
+        "bitmod": "BitMoD section III-B, Algorithm 1; section III-C",
+        "olive": "OliVe section 3, Algorithms 1 and 2",
+        "ant": "ANT section IV; by group as BitMoD Table VI",
+        "gobo": "GOBO (MICRO 2020)",
+    }
+)
 
 _OUTLIERS = {"e4m3": "abfloat8_e4m3_b4", "e2m5": "abfloat8_e2m5_b2"}
 _PAPER_SPECIAL = {3: "3,-3,6,-6", 4: "5,-5,8,-8"}

@@ -11,6 +11,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
+from termwise.algorithms.processing_element import check_weights_can_be_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,9 @@ class Fp16MacSpec:
     kind: ClassVar[str] = "fp16_mac"
     lanes: int = 1
 
-    def cycles_per_step(self, weights: Format) -> int:  # noqa: ARG002  # every format is FP16 here
-        """One cycle, whatever the weights were stored as."""
+    def cycles_per_step(self, weights: Format) -> int:
+        """One cycle. Raises ``UnsupportedFormatError`` for GOBO's dictionary and for quantized activations."""
+        check_weights_can_be_read(self.kind, weights.along_inputs)
         return 1
 
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:  # noqa: ARG002

@@ -1,44 +1,59 @@
-"""OliVe: outlier-victim pairs (ISCA 2023, section 3).
+"""OliVe: outlier-victim pairs (ISCA 2023, section 3), at 4 and at 8 bits.
 
 Two neighbouring weights of a row form a pair; the last weight of an odd row has no partner and is never an outlier. If
 the larger of them is an outlier, it is kept in an outlier type (abfloat) and its neighbour, the victim, becomes zero:
-the victim's place holds the identifier 1000, which is no code of a normal type, so the decoder knows which of the two
-is the outlier. Of two outliers the larger survives; at equal magnitude the right one (Algorithm 1; the authors' script
-keeps the left one and pairs over the flattened tensor).
+the victim's place holds the identifier 1000 (10000000 at 8 bits), which is no code of a normal type, so the decoder
+knows which of the two is the outlier. Of two outliers the larger survives; at equal magnitude the right one (Algorithm
+1; the authors' script keeps the left one and pairs over the flattened tensor).
 
-Normal types int4 (0 .. ±7) with abfloat bias 2 (±12 .. ±96), or flint4 (0 .. ±16) with bias 3 (±24 .. ±192); one
-choice per matrix, by total squared error. An outlier's code is Algorithm 2: the exponent from its leading bit, the
-base rounded to nearest even, clamped to the least and the greatest code. A weight is an outlier when its magnitude
-exceeds the least outlier level (scale × 12 or 24). The paper leaves that threshold open; this one comes within 0.1
-dB of the authors' script on the synthetic matrix of reports/formats-on-a-synthetic-matrix, the greatest normal level
-would lose 0.2 to 0.4 dB.
+Normal types at 4 bits: int4 (0 .. ±7) with abfloat bias 2 (±12 .. ±96), or flint4 (0 .. ±16) with bias 3 (±24 ..
+±192); one choice per matrix, by total squared error, int4 among equals. At 8 bits: int8 (0 .. ±127), with abfloat E4M3
+(±144 .. ±2^15, the paper's) or E2M5 (±132 .. ±2016, of the authors' code). A format's ``datatypes`` name the normal
+types and then, in the same order, the outlier type of each.
+
+An outlier's code is Algorithm 2: the exponent from its leading bit, the base rounded to nearest even, clamped to the
+least and the greatest code that is a level. That is the level nearest to it, of two equally near the one with the even
+code, since codes ascend with the levels and a base's last bit is its code's: it is found so in the table of levels.
+
+A weight is an outlier when its magnitude exceeds the least outlier level (scale × 12, 24, 144 or 132). The paper leaves
+that threshold open; this one comes within 0.1 dB of the authors' script on the synthetic matrix of
+reports/formats-on-a-synthetic-matrix, the greatest normal level would lose 0.2 to 0.4 dB.
 
 Scale search (per output channel, or per group): x_max = max |mean ± 3 standard deviations|, alpha = x_max × i / 100
 for i = 75, 77, .., 249, scale = alpha / largest normal level, rounded to FP16 as stored; the strictly least squared
-error wins. Sums are float64 in a fixed order, so the choice is the same on every machine. An all-zero group has the
-scale 1.
+error wins (``scale_search``). Mean and deviation are float64 sums from left to right, so the choice is the same on
+every machine. An all-zero group has the scale 1; a candidate above 65504 becomes 65504. An outlier beyond the greatest
+outlier level takes that level.
+
+Activations are encoded likewise, in pairs of neighbouring channels, with one scale per tensor that is searched on a
+sample beforehand (``calibrate``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
 from termwise.algorithms import grid
-from termwise.algorithms.datatypes import get_datatype
+from termwise.algorithms.datatypes import DataType
+from termwise.algorithms.errors import InputError
 from termwise.algorithms.flint import reads_integers_and_flint
-from termwise.algorithms.formats import Format
-from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
-from termwise.algorithms.processing_element import UnsupportedFormatError, bit_parallel_key_value_cycles
+from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.integer import Parts, empty_parts, grid_tables
+from termwise.algorithms.processing_element import (
+    UnsupportedFormatError,
+    bit_parallel_key_value_cycles,
+    check_weights_can_be_read,
+)
+from termwise.algorithms.scale_search import best_scales, nearest_rank, positive_levels, sample_row
 
-NORMAL_TYPES = (get_datatype("int4"), get_datatype("flint4"))
-OUTLIER_TYPES = (get_datatype("abfloat4_e2m1_b2"), get_datatype("abfloat4_e2m1_b3"))
-OUTLIER_BIASES = (2, 3)
-IDENTIFIER = 0b1000
+if TYPE_CHECKING:
+    from termwise.algorithms.quantize import QuantizedTensor
+
 SEARCH_PERCENT = tuple(range(75, 251, 2))
 
 
@@ -55,6 +70,7 @@ class OutlierVictimSpec:
 
     def cycles_per_step(self, weights: Format) -> int:
         """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
+        check_weights_can_be_read(self.kind, weights)
         if weights.family != "olive" and not reads_integers_and_flint(weights):
             raise UnsupportedFormatError(
                 "the outlier-victim PE (OliVe) decodes integer, flint and outlier-victim weights; "
@@ -71,105 +87,26 @@ class OutlierVictimSpec:
         return weights.bits_per_weight(outputs, inputs)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _outlier_code(magnitude: float, bias: int) -> int:
-    """Algorithm 2 for ``magnitude`` in units of the scale: the low three bits of the code, 1 .. 7."""
-    exponent = int(np.floor(np.log2(magnitude))) - 1
-    base = int(np.rint(magnitude / 2.0**exponent))
-    if base == 4:
-        exponent += 1
-        base = 2
-    code = ((exponent - bias) << 1) | (base & 1)
-    return min(max(code, 1), 7)
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _outlier_level(code: int, bias: int) -> float:
-    """Magnitude of an outlier code's level."""
-    return float((2 + (code & 1)) << ((code >> 1) + bias))
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _group_error(
-    weights: NDArray[np.float32],
-    scale: float,
-    levels: NDArray[np.float64],
-    bias: int,
-    limit: float,
-    errors: NDArray[np.float64],
-    best: float,
-) -> float:
-    """Squared error of one group at ``scale``, or any number above ``best`` once that is exceeded.
-
-    ``levels`` are the non-negative normal levels, a multiple of 4 of them; a weight above ``limit`` × scale is an
-    outlier; ``errors`` is room for one number per weight.
-    """
-    count = weights.size
-    inverse = 1.0 / scale
-    for index in range(count):
-        errors[index] = np.inf
-    for step in range(0, levels.size, 4):
-        first, second, third, fourth = levels[step], levels[step + 1], levels[step + 2], levels[step + 3]
-        for index in range(count):
-            value = abs(weights[index]) * inverse
-            near = min(min(abs(value - first), abs(value - second)), min(abs(value - third), abs(value - fourth)))
-            errors[index] = min(errors[index], near)
-    total = 0.0
-    best *= inverse * inverse
-    for index in range(0, count - 1, 2):
-        left = abs(weights[index]) * inverse
-        right = abs(weights[index + 1]) * inverse
-        if left <= limit and right <= limit:
-            total += errors[index] * errors[index] + errors[index + 1] * errors[index + 1]
-        else:
-            outlier, victim = (left, right) if left > right else (right, left)
-            difference = outlier - _outlier_level(_outlier_code(outlier, bias), bias)
-            total += difference * difference + victim * victim
-        if total > best:
-            return np.inf
-    if count % 2:
-        total += errors[count - 1] * errors[count - 1]
-    return total * scale * scale
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _search_row(
-    weights: NDArray[np.float32],
-    group_size: int,
-    candidates: NDArray[np.float64],
-    levels: NDArray[np.float64],
-    bias: int,
-    limit: float,
-    scales: NDArray[np.float64],
-) -> float:
-    """Best of ``candidates`` [groups, percents] for every group into ``scales`` [groups]; returns the squared error."""
-    errors = np.empty(group_size)
-    total = 0.0
-    for group in range(scales.size):
-        part = weights[group * group_size : (group + 1) * group_size]
-        best = np.inf
-        for percent in range(candidates.shape[1]):
-            error = _group_error(part, candidates[group, percent], levels, bias, limit, errors, best)
-            if error < best:
-                best = error
-                scales[group] = candidates[group, percent]
-        total += best
-    return total
+def pairs_of_types(format: Format) -> tuple[tuple[DataType, DataType], ...]:
+    """(normal type, outlier type) of every choice that a matrix of an OliVe format has."""
+    half = len(format.datatypes) // 2
+    return tuple(zip(format.datatypes[:half], format.datatypes[half:], strict=True))
 
 
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
-def _search(
-    weights: NDArray[np.float32],
-    group_size: int,
-    candidates: NDArray[np.float64],
-    levels: NDArray[np.float64],
-    bias: int,
-    limit: float,
-    scales: NDArray[np.float64],
-    errors: NDArray[np.float64],
-) -> None:
+def _reach(weights: NDArray[np.float32], group_size: int, reach: NDArray[np.float64]) -> None:
+    """max |mean ± 3 standard deviations| of every group into ``reach`` [rows, groups]."""
     for row in prange(weights.shape[0]):
-        errors[row] = _search_row(weights[row], group_size, candidates[row], levels, bias, limit, scales[row])
+        for group in range(reach.shape[1]):
+            part = weights[row, group * group_size : (group + 1) * group_size]
+            total = 0.0
+            for weight in part:
+                total += np.float64(weight)
+            mean = total / part.size
+            total = 0.0
+            for weight in part:
+                total += (np.float64(weight) - mean) ** 2
+            reach[row, group] = abs(mean) + 3.0 * np.sqrt(total / part.size)
 
 
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -177,22 +114,26 @@ def _replace_outliers(
     weights: NDArray[np.float32],
     group_size: int,
     scales: NDArray[np.float64],
-    limit: float,
-    bias: int,
+    levels: NDArray[np.float64],
+    code_of_rank: NDArray[np.uint8],
+    identifier: int,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Overwrite the ``codes`` [rows, columns] of the pairs that hold a weight above ``limit`` × scale."""
+    """Overwrite the ``codes`` [rows, columns] of the pairs that hold an outlier (Algorithm 1).
+
+    ``levels`` are the outlier type's positive ones in ascending order, ``code_of_rank`` their codes. A quotient of
+    weight and scale is rounded, but stays on its side of every level and midpoint: those differ from it by more.
+    """
     for row in prange(weights.shape[0]):
         for index in range(0, weights.shape[1] - 1, 2):
             scale = scales[row, index // group_size]
-            left = np.float64(weights[row, index]) / scale
-            right = np.float64(weights[row, index + 1]) / scale
-            if abs(left) > limit and abs(left) > abs(right):
-                codes[row, index] = _outlier_code(abs(left), bias) | (IDENTIFIER if left < 0 else 0)
-                codes[row, index + 1] = IDENTIFIER
-            elif abs(right) > limit:
-                codes[row, index] = IDENTIFIER
-                codes[row, index + 1] = _outlier_code(abs(right), bias) | (IDENTIFIER if right < 0 else 0)
+            left = abs(np.float64(weights[row, index])) / scale
+            right = abs(np.float64(weights[row, index + 1])) / scale
+            if max(left, right) > levels[0]:
+                outlier = index if left > right else index + 1
+                sign = identifier if weights[row, outlier] < 0 else 0
+                codes[row, outlier] = code_of_rank[nearest_rank(max(left, right), levels, code_of_rank)] | sign
+                codes[row, outlier ^ 1] = identifier
 
 
 @njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -202,6 +143,7 @@ def _decode(
     scales: NDArray[np.float64],
     normal: NDArray[np.float64],
     outlier: NDArray[np.float64],
+    identifier: int,
     decoded: NDArray[np.float32],
 ) -> None:
     """``codes`` to ``decoded``, both [rows, columns]; a code beside an identifier is an outlier."""
@@ -210,48 +152,30 @@ def _decode(
             code = codes[row, column]
             other = column ^ 1
             level = 0.0
-            if code != IDENTIFIER:
-                is_outlier = other < codes.shape[1] and codes[row, other] == IDENTIFIER
+            if code != identifier:
+                is_outlier = other < codes.shape[1] and codes[row, other] == identifier
                 level = outlier[code] if is_outlier else normal[code]
             decoded[row, column] = np.float32(level * scales[row, column // group_size])
 
 
-def _candidate_scales(block: NDArray[np.float32], group_size: int, largest_level: float) -> NDArray[np.float64]:
-    """Scales to try, as stored in FP16: float64 [rows, groups, percents]."""
-    inputs = block.shape[1]
-    starts = np.arange(0, inputs, group_size)
-    counts = np.diff(np.append(starts, inputs))
-    exact = block.astype(np.float64)
-    mean = np.add.reduceat(exact, starts, axis=1) / counts
-    square = np.add.reduceat((exact - np.repeat(mean, counts, axis=1)) ** 2, starts, axis=1) / counts
-    reach = np.abs(mean) + 3 * np.sqrt(square)
-    scales = reach[:, :, None] * (np.array(SEARCH_PERCENT) / 100 / largest_level)
-    return half_scales(scales).astype(np.float64)
-
-
-def _normal_levels(index: int) -> NDArray[np.float64]:
-    """Non-negative levels of a normal type in ascending order, float64."""
-    return np.array([level for level in NORMAL_TYPES[index].levels if level >= 0])
-
-
-def _least_outlier(index: int) -> float:
-    """The least outlier level beside a normal type: what a weight must exceed to be an outlier."""
-    return min(level for level in OUTLIER_TYPES[index].levels if level > 0)
-
-
 def fit(weights: grid.Weights, format: Format) -> Parts:
-    """``scales`` and ``matrix_type`` of ``weights`` [outputs, inputs]."""
+    """``scales`` and ``matrix_type`` of ``weights`` [outputs, inputs].
+
+    ``matrix_type`` is an index into ``pairs_of_types``: 0 at 8 bits, where there is one choice. Raises ``InputError``
+    for a group whose least candidate is no FP16 number.
+    """
     parts = empty_parts(weights, format)
     outputs, inputs = weights.shape
     group_size = format.group_size or inputs
-    scales = np.empty((len(NORMAL_TYPES), outputs, format.groups(inputs)))
-    totals = np.zeros(len(NORMAL_TYPES))
+    choices = pairs_of_types(format)
+    scales = np.empty((len(choices), outputs, format.groups(inputs)), dtype=np.float16)
+    totals = np.zeros(len(choices))
     for rows, block in grid.row_blocks(weights):
-        for index, bias in enumerate(OUTLIER_BIASES):
-            levels = _normal_levels(index)
-            candidates = _candidate_scales(block, group_size, levels[-1])
-            errors = np.empty(block.shape[0])
-            _search(block, group_size, candidates, levels, bias, _least_outlier(index), scales[index, rows], errors)
+        reach = np.empty((block.shape[0], scales.shape[2]))
+        _reach(block, group_size, reach)
+        for index, (normal, outlier) in enumerate(choices):
+            found, errors = best_scales(block, group_size, reach, SEARCH_PERCENT, normal, outlier)
+            scales[index, rows] = found
             totals[index] += errors.sum()
     best = int(np.argmin(totals))
     parts["matrix_type"][0] = best
@@ -261,15 +185,30 @@ def fit(weights: grid.Weights, format: Format) -> Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class PairCoder:
-    """Outlier-victim pairs of a matrix whose scales and normal type are settled.
+    """Outlier-victim pairs of a matrix whose scales and types are settled.
 
-    ``scales`` float64 [rows, groups]; ``index`` of the normal type.
+    Attributes:
+        group_size: columns of a group, even.
+        scales: positive scale per group, float64 [rows, groups].
+        normal: the type of a pair without an outlier.
+        outlier: the type of an outlier.
     """
 
     group_size: int
     scales: NDArray[np.float64]
-    index: int
+    normal: DataType
+    outlier: DataType
     column_step: ClassVar[int] = 2
+
+    @property
+    def identifier(self) -> int:
+        """Code in a victim's place: a one and zeros, which is no level of a normal type."""
+        return 1 << (self.normal.bits - 1)
+
+    @property
+    def outlier_threshold(self) -> float:
+        """The least outlier level: a weight whose magnitude exceeds it × scale is an outlier."""
+        return min(level for level in self.outlier.levels if level > 0)
 
     def _part(self, rows: slice, columns: slice) -> tuple[int, NDArray[np.float64]]:
         if columns == slice(None):
@@ -281,10 +220,11 @@ class PairCoder:
     ) -> NDArray[np.uint8]:
         """Codes of ``weights``, float32 [rows, columns], which begin with a whole pair: uint8 [rows, columns]."""
         group_size, scales = self._part(rows, columns)
-        normal = grid_tables(NORMAL_TYPES[self.index : self.index + 1])
         only = np.zeros(scales.shape, dtype=np.uint8)
-        codes = grid.Grid(group_size=group_size, scales=scales, chosen=only, tables=normal).encode(weights)
-        _replace_outliers(weights, group_size, scales, _least_outlier(self.index), OUTLIER_BIASES[self.index], codes)
+        tables = grid_tables((self.normal,))
+        codes = grid.Grid(group_size=group_size, scales=scales, chosen=only, tables=tables).encode(weights)
+        levels, code_of_rank = positive_levels(self.outlier)
+        _replace_outliers(weights, group_size, scales, levels, code_of_rank, self.identifier, codes)
         return codes
 
     def decode(
@@ -292,17 +232,103 @@ class PairCoder:
     ) -> NDArray[np.float32]:
         """Values of ``codes``, uint8 [rows, columns], which begin with a whole pair: float32 [rows, columns]."""
         group_size, scales = self._part(rows, columns)
-        normal = grid_tables(NORMAL_TYPES[self.index : self.index + 1]).levels[0]
-        outlier = grid_tables(OUTLIER_TYPES[self.index : self.index + 1]).levels[0]
+        normal, outlier = (grid_tables((datatype,)).levels[0] for datatype in (self.normal, self.outlier))
         decoded = np.empty(codes.shape, dtype=np.float32)
-        _decode(codes, group_size, scales, normal, outlier, decoded)
+        _decode(codes, group_size, scales, normal, outlier, self.identifier, decoded)
         return decoded
 
 
 def coder(parts: Parts, format: Format, inputs: int) -> PairCoder:
-    """Pairs at the stored scales and normal type."""
+    """Pairs at the stored scales and types."""
+    normal, outlier = pairs_of_types(format)[int(parts["matrix_type"][0].astype(np.intp))]
     return PairCoder(
         group_size=format.group_size or inputs + inputs % 2,
         scales=parts["scales"].astype(np.float64),
-        index=int(parts["matrix_type"][0].astype(np.intp)),
+        normal=normal,
+        outlier=outlier,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStatistics:
+    """Pairs of a matrix by the outliers among their two weights (OliVe Table 2).
+
+    Of two outliers in a pair the smaller is lost. The last weight of an odd row is in no pair.
+    """
+
+    normal_normal: int
+    outlier_normal: int
+    outlier_outlier: int
+
+    @property
+    def pairs(self) -> int:
+        """All pairs."""
+        return self.normal_normal + self.outlier_normal + self.outlier_outlier
+
+
+def pair_statistics(weights: grid.Weights, tensor: QuantizedTensor) -> PairStatistics:
+    """Count the pairs of ``weights`` [outputs, inputs] by the outliers in them, at the scales of ``tensor``.
+
+    ``weights`` are what was quantized to ``tensor``, since codes alone do not tell a lost outlier from another victim.
+    Raises ``InputError`` where the tensor is not in a format of OliVe, or of another shape.
+    """
+    if tensor.format.family != "olive":
+        raise InputError(f"pair statistics of a tensor in {tensor.format.name}; expected a format of OliVe")
+    if weights.shape != tensor.shape:
+        raise InputError(f"weights {list(weights.shape)} beside a tensor {list(tensor.shape)}; expected one shape")
+    pairs = tensor.coder
+    assert isinstance(pairs, PairCoder)
+    counts = np.zeros(3, dtype=np.int64)
+    for rows, block in grid.row_blocks(weights.T if tensor.format.groups_along_outputs else weights):
+        even = block.shape[1] - block.shape[1] % 2
+        limits = pairs.scales[rows][:, np.arange(0, even, 2) // pairs.group_size] * pairs.outlier_threshold
+        outliers = (np.abs(block[:, 0:even:2]) > limits).astype(np.intp) + (np.abs(block[:, 1:even:2]) > limits)
+        counts += np.bincount(outliers.ravel(), minlength=3)
+    return PairStatistics(normal_normal=int(counts[0]), outlier_normal=int(counts[1]), outlier_outlier=int(counts[2]))
+
+
+def _format_of_width(bits: int, outlier: str) -> Format:
+    """OliVe's format of that width, without groups. Raises ``InputError``."""
+    return get_format(f"olive-w{bits}:outlier={outlier}" if bits == 8 else f"olive-w{bits}")
+
+
+def calibrate(sample: NDArray[np.float32], bits: int, outlier: str = "e4m3") -> tuple[int, float]:
+    """Normal type and scale of a tensor of activations, by the search over a ``sample`` of them as one group.
+
+    Args:
+        sample: float32 [any number of values, at least one], in pairs as they stand.
+        bits: width of an activation, 4 or 8.
+        outlier: outlier type of 8 bits, ``e4m3`` or ``e2m5``; of no meaning at 4 bits.
+
+    Returns:
+        Index of the normal type (0 int4 or int8, 1 flint4), and the scale, an FP16 number.
+
+    Raises:
+        InputError: another width or outlier type; a sample that is empty or not finite, or too large for FP16 scales.
+    """
+    parts = fit(sample_row(sample), _format_of_width(bits, outlier))
+    return int(parts["matrix_type"][0].astype(np.intp)), float(parts["scales"][0, 0].astype(np.float64))
+
+
+def quantize_with_scale(
+    values: NDArray[np.float32], index: int, scale: float, bits: int, outlier: str = "e4m3"
+) -> NDArray[np.float32]:
+    """Encode and decode activations with what ``calibrate`` found.
+
+    Args:
+        values: float32 [tokens, channels], finite; neighbouring channels form the pairs.
+        index: the normal type.
+        scale: of all values, positive.
+        bits: width of an activation, 4 or 8.
+        outlier: outlier type of 8 bits.
+
+    Returns: what stands in place of the values, float32 [tokens, channels].
+    """
+    normal, outlier_type = pairs_of_types(_format_of_width(bits, outlier))[index]
+    pairs = PairCoder(
+        group_size=values.shape[1] + values.shape[1] % 2,
+        scales=np.full((values.shape[0], 1), scale),
+        normal=normal,
+        outlier=outlier_type,
+    )
+    return pairs.decode(pairs.encode(np.ascontiguousarray(values)))

@@ -12,6 +12,19 @@ class UnsupportedFormatError(InputError):
     """The PE has no way to take the weights of this format; the message says why."""
 
 
+def check_weights_can_be_read(kind: str, weights: Format) -> None:
+    """Raises ``UnsupportedFormatError`` for what none of the modelled PEs reads, whatever its decoder."""
+    reason = ""
+    if weights.family == "gobo":
+        reason = "a dictionary with an outlier list needs GOBO's own datapath"
+    elif weights.groups_along_outputs:
+        reason = "its groups lie along the outputs, and the PE adds up along the inputs under one scale"
+    elif weights.activation_bits is not None:
+        reason = f"its activations have {weights.activation_bits} bits, and the PE takes FP16"
+    if reason:
+        raise UnsupportedFormatError(f"the {kind} PE does not take {weights.name}: {reason}")
+
+
 def bit_parallel_key_value_cycles(kind: str, key_value_bits: int) -> int:
     """One cycle for keys and values of up to 8 bits, integers to a bit-parallel PE; ``InputError`` above that."""
     if key_value_bits > 8:

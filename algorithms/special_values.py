@@ -7,10 +7,9 @@ them, and a table of k values is good when the groups, each with its best value 
 Error of a model: the squared error of every matrix over its sum of squares, averaged with the numbers of weights. The
 scale of a group is the ideal one, max |w| / max |level|, as in Algorithm 1; the 8-bit second level comes after.
 
-Of one value the best is found by trying all. Larger tables start from the best of one value less with the best value
-added, and, where it has the same size, from the paper's table; then single values are exchanged as long as that lowers
-the error. So no table is worse than the paper's, or than a smaller one; a better one that differs in two values or
-more at once may exist.
+Tables of up to four values, the hardware's size, are the best of all, by trying all. A larger one starts from the best
+of one value less with the best value added; then single values are exchanged as long as that lowers the error. So none
+is worse than a smaller one; a better one that differs in two values or more at once may exist.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.processing_element import UnsupportedFormatError
 
 MOST_VALUES = 8
+SIZE_OF_THE_HARDWARE = 4
 GROUPS_PER_MATRIX = 1 << 14
 """Groups of one matrix that are looked at; of a larger one as many, spread evenly."""
 
@@ -127,6 +127,43 @@ def _errors(
             errors[group, candidate] = total / (divisor * divisor)
 
 
+@njit(cache=True, parallel=True, nogil=True)  # type: ignore[untyped-decorator]
+def _best_tables(errors: NDArray[np.float64], size: int, least: NDArray[np.float64], best: NDArray[np.intp]) -> None:
+    """Of every first value the best table of ``size`` 1 .. 4, its sum of errors and its values [values, 4].
+
+    ``errors`` [values, groups]. A table is ascending; -1 fills up what is shorter.
+    """
+    count, groups = errors.shape
+    for first in prange(count):
+        least[first] = np.inf
+        pair = np.empty(groups)
+        triple = np.empty(groups)
+        for second in range(first + 1 if size > 1 else count - 1, count):
+            for group in range(groups):
+                pair[group] = min(errors[first, group], errors[second, group]) if size > 1 else errors[first, group]
+            for third in range(second + 1 if size > 2 else count - 1, count):
+                for group in range(groups):
+                    triple[group] = min(pair[group], errors[third, group]) if size > 2 else pair[group]
+                for fourth in range(third + 1 if size > 3 else count - 1, count):
+                    total = 0.0
+                    for group in range(groups):
+                        total += min(triple[group], errors[fourth, group]) if size > 3 else triple[group]
+                    if total < least[first]:
+                        least[first] = total
+                        best[first, 0] = first
+                        best[first, 1] = second if size > 1 else -1
+                        best[first, 2] = third if size > 2 else -1
+                        best[first, 3] = fourth if size > 3 else -1
+
+
+def _best_of_all(errors: NDArray[np.float64], size: int) -> list[int]:
+    """The best columns of ``errors`` [groups, values], 1 to 4 of them."""
+    least = np.empty(errors.shape[1])
+    best = np.empty((errors.shape[1], 4), dtype=np.intp)
+    _best_tables(np.ascontiguousarray(errors.T), size, least, best)
+    return [int(index) for index in best[least.argmin()] if index >= 0]
+
+
 def group_errors(weights: Weights, bits: int, group_size: int | None, values: tuple[float, ...]) -> NDArray[np.float64]:
     """Squared errors of groups of ``weights`` [outputs, inputs] with each of ``values``: float64 [groups, values].
 
@@ -198,9 +235,10 @@ def search(
     tables: list[SpecialValueTable] = []
     chosen: list[int] = []
     for size in range(1, largest + 1):
-        chosen = _exchange(errors, _with_best_added(errors, chosen))
-        if size == len(paper):
-            chosen = min(chosen, _exchange(errors, paper), key=lambda some: errors[:, some].min(axis=1).sum())
+        if size <= SIZE_OF_THE_HARDWARE:
+            chosen = _best_of_all(errors, size)
+        else:
+            chosen = _exchange(errors, _with_best_added(errors, chosen))
         tables.append(table(chosen))
     return SpecialValueSearch(
         tables=tuple(tables),
@@ -213,7 +251,7 @@ def search(
 
 def _with_best_added(errors: NDArray[np.float64], chosen: list[int]) -> list[int]:
     """``chosen`` columns of ``errors`` [groups, values] and the one more that lowers the error most."""
-    covered = errors[:, chosen].min(axis=1) if chosen else np.full(errors.shape[0], np.inf)
+    covered = errors[:, chosen].min(axis=1)
     sums = np.minimum(covered[:, None], errors).sum(axis=0)
     sums[chosen] = np.inf
     return [*chosen, int(sums.argmin())]

@@ -119,6 +119,8 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
             special[code] = entry
             if value is not None:
                 other[code] = value
+        elif isinstance(entry, int) and entry.bit_length() > LONGEST_NUMERATOR:
+            raise InputError(f"{place}: a level of {entry.bit_length()} bits; expected at most {LONGEST_NUMERATOR}")
         elif not math.isfinite(entry):
             raise InputError(f"{place}: level {entry}; expected a finite number, or the text {str(entry)!r}")
         else:

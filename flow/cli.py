@@ -26,10 +26,9 @@ from termwise.algorithms.errors import InputError, TermwiseError, unknown_name
 from termwise.flow import console
 
 if TYPE_CHECKING:
-    from termwise.algorithms.quantize import QuantizedTensor
-    from termwise.algorithms.text import Text
-    from termwise.flow.quality import WeightQuality
-    from termwise.flow.subject import Subject
+    from termwise.algorithms.formats import Format
+    from termwise.algorithms.models import Model
+    from termwise.flow.quality import Calibration
     from termwise.flow.sweep import Progress
 
 INTERRUPTED: Final = 130
@@ -113,12 +112,23 @@ _text_option = click.option(
 
 @click.group(cls=_Commands, name="termwise", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="termwise", message="termwise %(version)s")
-def main() -> None:
+@click.option(
+    "--datatypes",
+    "datatypes_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of data types of your own, used by name everywhere.",
+)
+def main(datatypes_file: Path | None) -> None:
     """Co-design number formats of language models and the accelerators that compute with them.
 
     MODEL is a directory in Hugging Face format, a Hugging Face id, or tiny, the model that ships with termwise; for
     simulate and sweep also a known shape such as llama-2-7b.
     """
+    if datatypes_file is not None:
+        from termwise.algorithms.user_datatypes import ENVIRONMENT_VARIABLE, read_datatypes
+
+        read_datatypes(datatypes_file)  # says what is wrong before anything else does
+        os.environ[ENVIRONMENT_VARIABLE] = str(datatypes_file.resolve())
 
 
 @main.command()
@@ -150,8 +160,9 @@ def formats(*, as_json: bool) -> None:
                         "family": entry.family,
                         "weight_bits": entry.weight_bits,
                         "group_size": entry.group_size,
-                        "bits_per_weight": entry.bits_per_weight(side, side),
+                        "bits_per_weight": _bits_per_weight(entry, side),
                         "datatypes": [datatype.name for datatype in entry.datatypes],
+                        "source": entry.source,
                     }
                     for name, entry in named
                 ],
@@ -170,19 +181,28 @@ def formats(*, as_json: bool) -> None:
     )
     console.print_table(
         f"Formats (other group sizes likewise, for example bitmod-w4g64); bits per weight of {side} × {side} weights",
-        ("name", "code bits", "group", "bits per weight", "data types of a group"),
+        ("name", "code bits", "group", "bits per weight", "data types of a group", "source"),
         [
             (
                 name,
                 str(entry.weight_bits),
                 "row" if entry.group_size is None else str(entry.group_size),
-                f"{entry.bits_per_weight(side, side):.4f}",
+                console.number(_bits_per_weight(entry, side), 5),
                 ", ".join(datatype.name for datatype in entry.datatypes) or "–",
+                entry.source,
             )
             for name, entry in named
         ],
-        left=(0, 4),
+        left=(0, 4, 5),
     )
+
+
+def _bits_per_weight(format: Format, side: int) -> float | None:
+    """Bits per weight of a square matrix; None where they depend on the weights."""
+    from termwise.algorithms.formats import FREE
+
+    free = any(FREE in part.shape for part in format.layout(side, side).values())
+    return None if free else format.bits_per_weight(side, side)
 
 
 def _levels(levels: Sequence[float]) -> str:
@@ -195,101 +215,303 @@ def _levels(levels: Sequence[float]) -> str:
 
 @main.command()
 @click.argument("model")
-@click.option("--format", "format_name", required=True, metavar="FORMAT", help="As termwise formats lists them.")
-@click.option("--out", type=click.Path(path_type=Path), help="New directory for the packed model.")
+@click.option("--format", "format_name", metavar="FORMAT", help="Of all layers, as termwise formats lists them.")
+@click.option(
+    "--formats",
+    "assignment",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A format per layer, as termwise mix writes it (.toml or .json).",
+)
+@click.option("--calibrate", "method_name", metavar="METHOD", help="awq, smoothquant, gptq, adadim, awq+gptq, ...")
+@click.option(
+    "--calibration-text",
+    "calibration_file",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text that the calibration reads.  [default for tiny: its training text]",
+)
+@click.option("--kv-cache", "cache_name", metavar="CACHE", help="Format of keys and values: int-asym-w4g32, ...")
+@click.option("--compat", metavar="authors-fp16", help="BitMoD's selection in the arithmetic of its authors' script.")
+@click.option("--no-score", is_flag=True, help="Neither perplexity nor cosine: the model is not run.")
+@click.option("--out", type=click.Path(path_type=Path), help="New directory for the packed model and its report.")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report alone.")
 @_text_option
 @_json_option
-def quantize(*, model: str, format_name: str, out: Path | None, text_file: Path | None, as_json: bool) -> None:
-    """Quantize MODEL: error of every layer, bits per weight, perplexity before and after."""
-    from termwise.algorithms.formats import get_format
-    from termwise.flow.folders import check_new_folder
-    from termwise.flow.quality import evaluate_format
-    from termwise.flow.subject import NO_WEIGHTS, open_subject, open_text
+def quantize(
+    *,
+    model: str,
+    format_name: str | None,
+    assignment: Path | None,
+    method_name: str | None,
+    calibration_file: Path | None,
+    cache_name: str | None,
+    compat: str | None,
+    no_score: bool,
+    out: Path | None,
+    report: Path | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL: error of every layer, bits per weight, perplexity before and after.
 
-    format = get_format(format_name)
-    subject = open_subject(model)
-    if subject.model is None:
-        raise InputError(f"{model}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
+    An encoder has the cosine of its embeddings in the place of a perplexity. With --out, the same command goes on where
+    it was stopped.
+    """
+    from termwise.algorithms.formats import get_format
+    from termwise.algorithms.kv_cache import get_cache_format
+    from termwise.flow.folders import check_new_folder
+    from termwise.flow.quantization import (
+        Request,
+        layer_columns,
+        memory_reason,
+        quantize_model,
+        score_sentence,
+        summary_sentence,
+    )
+    from termwise.flow.subject import open_text
+
+    if (format_name is None) == (assignment is None):
+        raise InputError("quantize takes one of --format FORMAT and --formats FILE")
+    cache = None if cache_name is None else get_cache_format(cache_name)
+    formats: Any = None
+    if format_name is not None:
+        formats = get_format(format_name if compat is None else f"{format_name}:compat={compat}")
+    elif compat is not None:
+        raise InputError("--compat goes with --format; in a file of formats it is written behind their names")
+    opened = _model_with_weights(model)
     if out is not None:
         check_new_folder(out)
-    reason = subject.not_runnable_reason
+    if assignment is not None:
+        from termwise.algorithms.assignment import read_assignment
+
+        formats = read_assignment(assignment, opened.matrix_names)
+    reason = opened.not_runnable_reason
+    if reason is not None and opened.no_embedding_reason is None:
+        reason = "the cache of keys and values belongs to language models" if cache is not None else None
+    if reason is None:
+        reason = "--no-score" if no_score else memory_reason(opened)
+    if cache is not None and reason is not None:
+        raise InputError(f"--kv-cache {cache.name}: it is measured by the perplexity, and there is none: {reason}")
     text = open_text(text_file) if reason is None or text_file is not None else None
-    evaluator = None
-    before = None
-    if reason is None and text is not None:
-        from termwise.algorithms.perplexity import Evaluator
-
-        console.say(f"perplexity of {subject.name} on {text.name}")
-        evaluator = Evaluator(subject.model, text)
-        before = evaluator.perplexity().per_token
-    kept: dict[str, QuantizedTensor] = {}
-    total = len(subject.model.matrix_names)
-    quality, after, failure = evaluate_format(
-        subject.model,
-        format,
-        evaluator,
-        wrap=lambda matrices: console.progress(matrices, total=total, label=format.name, unit="layer"),
-        keep=kept.__setitem__ if out is not None else None,
+    request = Request(
+        model=opened,
+        formats=formats,
+        text=text if reason is None else None,
+        no_score_reason=reason,
+        calibration=_calibration(opened, method_name, calibration_file),
+        cache=cache,
+        out=out,
+        report=report,
     )
-    if out is not None:
-        from termwise.algorithms.packed_model import write_packed
+    total = len(opened.matrix_names) if format_name is not None else len(formats)
 
-        write_packed(subject.model, kept, format, out)
-    reason = reason or failure
+    def wrap(layers: Iterator[Any]) -> Iterator[Any]:
+        return console.progress(layers, total=total, label=request.format_name, unit="layer")
+
+    document, quality = quantize_model(request, wrap=wrap, say=console.say)
     if as_json:
-        console.print_json(
-            {
-                "model": subject.name,
-                "model_digest": subject.digest,
-                "format": format.name,
-                **quality.to_dict(),
-                "perplexity": {"before": before, "after": after} if reason is None else None,
-                "perplexity_reason": reason,
-                "text": _text_document(text if evaluator is not None else None),
-                "out": None if out is None else str(out),
-            }
-        )
+        console.print_json(document)
         return
-    _print_quantization(subject, format.name, quality)
-    if reason is None and text is not None:
-        console.print_text(
-            f"perplexity per token on {text.name}: {console.number(before)} before, {console.number(after)} after"
+    titles, rows = layer_columns(quality)
+    console.print_table(f"{opened.name} in {request.format_name}", titles, rows, left=(0, len(titles)))
+    console.print_text(summary_sentence(quality))
+    console.print_text(score_sentence(document))
+    for key, name in (("out", "packed model"), ("report", "report")):
+        if document[key] is not None:
+            console.print_text(f"{name}: {document[key]}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--bits", "budget", required=True, type=float, help="Bits per weight of all layers together, scales included."
+)
+@click.option("--format", "names", multiple=True, metavar="FORMAT", help="To choose from; once per format.")
+@click.option("--sensitivity", default="loss", show_default=True, help="loss or output: what a layer's format costs.")
+@click.option(
+    "--generations", default=20, show_default=True, type=click.IntRange(min=0), help="Of the evolution; 0: none."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the evolution.")
+@click.option(
+    "--calibration-text", "calibration_file", type=click.Path(path_type=Path), help="UTF-8 text to choose on."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="File for the formats (.toml or .json).")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report and its figure.")
+@_text_option
+@_json_option
+def mix(
+    *,
+    model: str,
+    budget: float,
+    names: tuple[str, ...],
+    sensitivity: str,
+    generations: int,
+    seed: int,
+    calibration_file: Path | None,
+    out: Path | None,
+    report: Path | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose a format for every layer of MODEL within a budget of bits per weight.
+
+    An integer program over measured sensitivities, then an evolutionary search on the loss itself; both on the
+    calibration text. The perplexity of the result, and of the best uniform format, is measured on the other text.
+    """
+    from termwise.algorithms.files import write_text
+    from termwise.algorithms.mixed_precision import Evolution
+    from termwise.flow.mixed import DEFAULT_FORMATS, markdown
+    from termwise.flow.mixed import mix as choose
+    from termwise.flow.subject import open_text
+
+    opened = _model_with_weights(model)
+    calibration = _calibration(opened, None, calibration_file)
+    if calibration is None:
+        raise InputError("mix chooses on a text of its own; expected --calibration-text FILE")
+    with _steps() as progress:
+        document = choose(
+            opened,
+            bits_per_weight=budget,
+            calibration=calibration.text,
+            evaluation=open_text(text_file),
+            formats=names or DEFAULT_FORMATS,
+            sensitivity=sensitivity,  # type: ignore[arg-type]  # checked where it is used
+            evolution=Evolution(generations=generations, seed=seed),
+            out=out,
+            figure=report,
+            progress=progress,
         )
+    text = markdown(document)
+    if report is not None:
+        write_text(report / "report.md", text)
+    if as_json:
+        console.print_json(document)
     else:
-        console.print_text(f"no perplexity: {reason}")
-    if out is not None:
-        console.print_text(f"packed model: {out}")
+        console.print_text(text)
 
 
-def _text_document(text: Text | None) -> dict[str, str] | None:
-    return None if text is None else {"name": text.name, "digest": text.digest}
+@main.command("special-values")
+@click.argument("model")
+@click.option("--bits", required=True, type=int, help="3 or 4.")
+@click.option("--group", "group_size", type=click.IntRange(min=1), help="Weights of a group.  [default: a row]")
+@click.option("--largest", default=8, show_default=True, help="Values of the largest table.")
+@_json_option
+def special_values(*, model: str, bits: int, group_size: int | None, largest: int, as_json: bool) -> None:
+    """Find the best special values of BitMoD for MODEL: tables of one value, two, and so on, beside the paper's."""
+    from termwise.algorithms.special_values import search
 
-
-def _print_quantization(subject: Subject, format: str, quality: WeightQuality) -> None:
-    notes = any(layer.note for layer in quality.layers)
-    columns = ["layer", "outputs", "inputs", "bits per weight", "SQNR (dB)", "mean squared error"]
+    opened = _model_with_weights(model)
+    total = len(opened.matrix_names)
+    matrices = console.progress(opened.matrices(), total=total, label=opened.name, unit="layer")
+    found = search(matrices, bits, group_size, largest=largest)
+    document = {
+        "model": opened.name,
+        "model_digest": opened.digest,
+        "bits": bits,
+        "group_size": group_size,
+        "groups": found.groups,
+        "candidates": list(found.candidates),
+        "paper": found.paper.to_dict(),
+        "tables": [table.to_dict() for table in found.tables],
+    }
+    if as_json:
+        console.print_json(document)
+        return
+    group = "rows" if group_size is None else f"groups of {group_size}"
     console.print_table(
-        f"{subject.name} in {format}",
-        [*columns, *(["note"] if notes else [])],
+        f"Best special values of {opened.name}, {bits} bits, {group}, before the 8-bit scales",
+        ("values", "selector bits", "SQNR (dB)", "over the paper's (dB)", "share of each (%)", "format"),
         [
             (
-                layer.name,
-                f"{layer.shape[0]:,}",
-                f"{layer.shape[1]:,}",
-                f"{layer.bits_per_weight:.4f}",
-                "exact" if layer.sqnr_db is None else f"{layer.sqnr_db:.2f}",
-                f"{layer.mse:.3e}",
-                *([layer.note] if notes else []),
+                ", ".join(f"{value:+g}" for value in table.values),
+                str(table.selector_bits),
+                console.number(table.sqnr_db, 5),
+                "–" if None in (table.sqnr_db, found.paper.sqnr_db) else _gain(table.sqnr_db, found.paper.sqnr_db),
+                ", ".join(f"{100 * share:.1f}" for share in table.shares),
+                "the paper's: " + table.format if table is found.paper else table.format,
             )
-            for layer in quality.layers
+            for table in (*found.tables, found.paper)
         ],
-        left=(0, len(columns)),
+        left=(0, 4, 5),
     )
-    lost = "exact" if quality.sqnr_db is None else f"SQNR {quality.sqnr_db:.2f} dB"
-    console.print_text(
-        f"all {quality.weights:,} weights of {len(quality.layers)} layers: {quality.bits_per_weight:.4f} bits per "
-        f"weight, {quality.packed_bytes:,} bytes, {lost}"
-    )
+    console.print_text(f"{found.groups:,} groups of {found.matrices} matrices, {len(found.candidates)} candidates")
+
+
+def _gain(decibels: float | None, base: float | None) -> str:
+    """Difference of two figures in decibels, with its sign."""
+    return f"{(decibels or 0.0) - (base or 0.0):+.3f}"
+
+
+@main.command()
+@click.argument("packed", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="MODEL", help="What was quantized.")
+@click.option("--to", "layout", required=True, metavar="LAYOUT", help="compressed-tensors or gguf.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New directory, or the GGUF file.")
+@click.option("--exact-scales", is_flag=True, help="compressed-tensors: FP32 scales, so that nothing is rounded.")
+@_json_option
+def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bool, as_json: bool) -> None:
+    """Write the packed model PACKED, from quantize --out, in a layout that other software reads."""
+    from termwise.algorithms.export import export_compressed_tensors, export_gguf
+
+    if layout not in ("compressed-tensors", "gguf"):
+        raise unknown_name("layout", layout, ("compressed-tensors", "gguf"))
+    opened = _model_with_weights(model)
+    notes: tuple[str, ...] = ()
+    if layout == "gguf":
+        notes = export_gguf(packed, opened, out)
+    else:
+        export_compressed_tensors(packed, opened, out, scale_dtype="float32" if exact_scales else "float16")
+    if as_json:
+        console.print_json({"model": opened.name, "layout": layout, "out": str(out), "notes": list(notes)})
+        return
+    console.print_text(f"{layout}: {out}")
+    for note in notes:
+        console.print_text(f"note: {note}")
+
+
+def _model_with_weights(reference: str) -> Model:
+    """The model that ``reference`` names. Raises ``InputError`` for a known shape."""
+    from termwise.flow.subject import NO_WEIGHTS, open_subject
+
+    subject = open_subject(reference)
+    if subject.model is None:
+        raise InputError(f"{reference}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
+    return subject.model
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error (a terminal only) for work of several steps: which one, done, in all."""
+    from tqdm import tqdm
+
+    with tqdm(total=0, file=sys.stderr, disable=None, leave=False) as bar:
+
+        def told(what: str, done: int, total: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield told
+
+
+def _calibration(model: Model, method_name: str | None, file: Path | None) -> Calibration | None:
+    """What is measured before a quantization. Raises ``InputError`` for a method without a text."""
+    from termwise.algorithms.text import read_text
+    from termwise.flow.quality import Calibration, default_calibration
+
+    method = None
+    if method_name is not None:
+        from termwise.algorithms.calibrated import get_method
+
+        method = get_method(method_name)
+    usual = default_calibration(model)
+    if file is not None:
+        return Calibration(text=read_text(file), method=method)
+    if usual is not None:
+        return Calibration(text=usual.text, method=method)
+    if method is not None:
+        raise InputError(f"--calibrate {method.name} reads a text; expected --calibration-text FILE")
+    return None
 
 
 @main.command()

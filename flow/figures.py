@@ -22,9 +22,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from termwise.flow.quality import LayerQuality
+
 INK: Final = "#1d2733"
 MUTED: Final = "#5d6b7a"
 GRID: Final = "#e4e8ed"
+
+STYLE: Final[Any] = {
+    "font.family": ["DejaVu Sans"],
+    "svg.hashsalt": "termwise",
+    "svg.fonttype": "path",
+    "axes.unicode_minus": True,
+}
+"""Matplotlib's settings for every figure."""
 
 _FAMILY_COLOURS: Final[Mapping[Family, str]] = {
     "fp16": "#2b2f36",
@@ -33,6 +43,7 @@ _FAMILY_COLOURS: Final[Mapping[Family, str]] = {
     "bitmod": "#c9381f",
     "olive": "#5c8a1c",
     "ant": "#8a4fc4",
+    "gobo": "#c2418c",
     "type": "#b0741a",
 }
 
@@ -330,6 +341,22 @@ def _legend(figure: Figure, colours: Mapping[str, str], markers: Mapping[str, tu
     )
 
 
+def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    """Write ``figure`` to ``folder`` as ``stem``.png and ``stem``.svg; equal figures in ``STYLE`` give equal files.
+
+    Raises ``InputError`` where the folder cannot be written.
+    """
+    written = []
+    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        content = BytesIO()
+        figure.savefig(content, format=suffix, metadata=metadata)
+        path = folder / f"{stem}.{suffix}"
+        with written_beside(path) as temporary:
+            temporary.write_bytes(content.getvalue())
+        written.append(path)
+    return written
+
+
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write ``pareto.png`` and ``pareto.svg`` to ``folder``; nothing where no point can be drawn.
 
@@ -346,13 +373,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     shown = [point for model, phase in panels for point in drawn_points(results, model, phase)]
     colours = format_colours(list(dict.fromkeys(point.format for point in shown)))
     markers = accelerator_markers(list(dict.fromkeys(point.accelerator for point in shown)))
-    settings: Any = {
-        "font.family": ["DejaVu Sans"],
-        "svg.hashsalt": "termwise",
-        "svg.fonttype": "path",
-        "axes.unicode_minus": True,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 0.5 + 4.6 * len(panels)), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 2, squeeze=False)
@@ -389,8 +410,63 @@ def draw(results: Results, folder: Path) -> list[Path]:
                     axes.transData.transform(places),
                     axes.transData.transform(corners).tolist() if corners else [],
                 )
+        return save(figure, folder, "pareto")
+
+
+LAYERS_NAMED: Final = 80
+"""A figure of more layers than this numbers them."""
+
+_SHARE_COLOURS: Final = ("#1e5bb0", "#c9381f", "#5c8a1c", "#b0741a", "#8a4fc4", "#0a7f83", "#c2418c", "#7d8894")
+
+
+def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> list[Path]:
+    """``layers.png`` and ``layers.svg`` in ``folder``: error of every layer, and what the format chose in it.
+
+    The first panel has the signal to quantization noise of the weights and, where it was measured, of the output, in
+    decibels; the second, where there is something to show, the shares of ``LayerQuality.histogram``.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for layer in layers for label in layer.histogram))
+    panels = 2 if labels else 1
+    places = range(len(layers))
+    named = len(layers) <= LAYERS_NAMED
+    settings: dict[Any, Any] = {"svg.hashsalt": "termwise", "svg.fonttype": "none", "font.size": 8}
+    with matplotlib.rc_context(settings):
+        size = (2.2 + min(0.17 * len(layers), 14.0), 3.0 * panels + (1.6 if named else 0.4))
+        figure = Figure(figsize=(max(size[0], 6.0), size[1]), dpi=150, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(panels, 1, squeeze=False, sharex=True)[:, 0]
+        errors = grid[0]
+        weights = [math.nan if layer.sqnr_db is None else layer.sqnr_db for layer in layers]
+        errors.plot(places, weights, "o", markersize=4, color=_SHARE_COLOURS[0], label="weights")
+        if any(layer.output_error for layer in layers):
+            outputs = [-10 * math.log10(layer.output_error) if layer.output_error else math.nan for layer in layers]
+            errors.plot(places, outputs, "D", markersize=3.5, color=_SHARE_COLOURS[1], label="output")
+        errors.set_ylabel("signal to quantization noise (dB)", color=INK)
+        errors.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
+        errors.legend(frameon=False, loc="best")
+        if labels:
+            bottom = [0.0] * len(layers)
+            for place, label in enumerate(labels):
+                shares = [100 * layer.histogram.get(label, 0.0) for layer in layers]
+                colour = _SHARE_COLOURS[place % len(_SHARE_COLOURS)]
+                grid[1].bar(places, shares, 0.8, bottom=bottom, color=colour, label=label)
+                bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+            grid[1].set_ylabel("share (%)", color=INK)
+            grid[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for axes in grid:
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        if named:
+            grid[-1].set_xticks(places, [layer.name for layer in layers], rotation=90, fontsize=6)
+        else:
+            grid[-1].set_xlabel("layer, in the order of execution", color=INK)
         written = []
-        for name, metadata in (("pareto.png", {"Software": None}), ("pareto.svg", {"Date": None, "Creator": None})):
+        for name, metadata in (("layers.png", {"Software": None}), ("layers.svg", {"Date": None, "Creator": None})):
             content = BytesIO()
             figure.savefig(content, format=name.rsplit(".", 1)[1], metadata=metadata)
             with written_beside(folder / name) as temporary:

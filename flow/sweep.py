@@ -24,7 +24,7 @@ from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape
 from termwise.algorithms.text import Text
 from termwise.algorithms.workload import check_phase
 from termwise.flow.folders import check_run_folder
-from termwise.flow.quality import check_weights, evaluate_format, packed_bits_per_weight
+from termwise.flow.quality import check_weights, default_calibration, evaluate, packed_bits_per_weight
 from termwise.flow.records import (
     DIGEST_PACKAGES,
     Record,
@@ -437,10 +437,11 @@ def quality_outputs(
             "layers": [],
             "shape": shape,
         }
-    quality, perplexity, reason = evaluate_format(subject.model, format, evaluator, wrap=wrap)
-    if evaluator is None:
-        reason = subject.not_runnable_reason
-    return {"perplexity": perplexity, "perplexity_reason": reason, **quality.to_dict(), "shape": shape}
+    calibration = default_calibration(subject.model)
+    evaluation = evaluate(subject.model, format, evaluator, calibration=calibration, wrap=wrap)
+    reason = subject.not_runnable_reason if evaluator is None else evaluation.reason
+    quality = evaluation.quality.to_dict()
+    return {"perplexity": evaluation.score, "perplexity_reason": reason, **quality, "shape": shape}
 
 
 @lru_cache(maxsize=1)
