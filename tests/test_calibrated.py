@@ -46,6 +46,7 @@ FORMATS = (
     "olive-w4g16",
     "olive-w8",
     "ant-w4g16",
+    "ant-w4",
     "gobo-w3",
     "fp6_e2m3-w6g16",
     "mxfp4",
