@@ -22,7 +22,7 @@ from termwise.algorithms.grid import row_blocks
 from termwise.algorithms.models import TINY, Matrix, Model
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor, quantization_error, quantize
 from termwise.algorithms.shapes import ModelShape
-from termwise.algorithms.text import Text, training_text
+from termwise.algorithms.text import Text, calibration_text
 
 if TYPE_CHECKING:
     from termwise.algorithms.calibrated import CalibrationMethod
@@ -47,8 +47,8 @@ class Calibration:
 
 
 def default_calibration(model: Model) -> Calibration | None:
-    """The text that ``tiny`` was trained on, for ``tiny``; no other model has a text of its own here."""
-    return Calibration(text=training_text()) if model.name == TINY else None
+    """Topics that ``tiny`` was trained on, for ``tiny``; no other model has a text of its own here."""
+    return Calibration(text=calibration_text()) if model.name == TINY else None
 
 
 @dataclass(frozen=True, kw_only=True)
