@@ -11,8 +11,8 @@ A model is a chain of blocks if each block gets as its hidden states the very te
 returns nothing else; that is checked, and another model is refused. What stands before the first block and behind the
 last one (a projection of the embeddings, a pooler, the head) is a stage of its own.
 
-Windows are those of ``perplexity``. Windows of one length are read together, so there is no padding. The text for an
-encoder (BERT) is cut likewise, without the special tokens around a sentence.
+Windows are those of ``perplexity``; for an encoder (BERT) those of ``embeddings``, one per document. Windows of one
+length are read together, so there is no padding.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from termwise.algorithms.embeddings import sentences
 from termwise.algorithms.errors import InputError, TermwiseError
-from termwise.algorithms.models import Model
+from termwise.algorithms.models import Model, check_vocabulary
 from termwise.algorithms.perplexity import MAXIMUM_WINDOW, text_windows
 from termwise.algorithms.text import Text
 
@@ -97,7 +98,7 @@ class Calibration:
     ``sample_rows`` rows of every input are kept, drawn with ``seed``.
 
     Raises ``InputError``: a model without code, tokenizer, or chain of blocks; a text with fewer tokens than one window
-    (the model's context, at most 2048); a tokenizer of another model.
+    (the model's context, at most 2048 tokens, or what its tokenizer cuts sentences to); a tokenizer of another model.
     """
 
     def __init__(
@@ -115,9 +116,7 @@ class Calibration:
         self._model, self._text = model, text
         self._quantized_inputs, self._sample_rows, self._seed = quantized_inputs, sample_rows, seed
         module = model.skeleton()[0]
-        context = getattr(module.config, "max_position_embeddings", None)
-        self.window_tokens = min(MAXIMUM_WINDOW, context) if isinstance(context, int) else MAXIMUM_WINDOW
-        windows, _ = text_windows(model, text, self.window_tokens)
+        windows, self.window_tokens = _windows(model, module.config, text)
         found = sum(window.size for window in windows)
         if found < self.window_tokens:
             raise InputError(
@@ -126,13 +125,7 @@ class Calibration:
             )
         chosen = np.linspace(0, len(windows) - 1, min(len(windows), maximum_windows)).round().astype(int)
         self.windows = [windows[index] for index in chosen]
-        largest = max(int(window.max()) for window in self.windows)
-        rows = int(module.get_input_embeddings().num_embeddings)
-        if largest >= rows:
-            raise InputError(
-                f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
-                "expected the tokenizer that belongs to the model"
-            )
+        check_vocabulary(model, module, self.windows)
         _block_names(module, model)
 
     @property
@@ -459,6 +452,15 @@ def _block_names(module: Any, model: Model) -> tuple[str, ...]:
     if not most:
         raise InputError(f"{model.name} has no list of blocks with linear layers; expected a transformer")
     return tuple(f"{best}.{index}" for index in range(len(module.get_submodule(best))))
+
+
+def _windows(model: Model, config: Any, text: Text) -> tuple[list[NDArray[np.int64]], int]:
+    """The windows of ``text``, int64 [tokens] each, and the tokens of a full one."""
+    if model.structure.encoder:
+        return sentences(model, config, text)
+    context = getattr(config, "max_position_embeddings", None)
+    length = min(MAXIMUM_WINDOW, context) if isinstance(context, int) else MAXIMUM_WINDOW
+    return text_windows(model, text, length)[0], length
 
 
 def _batches(windows: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from termwise.algorithms.checkpoints import read_json
 from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.loaded_model import Float32, LoadedModel
-from termwise.algorithms.models import Model
+from termwise.algorithms.models import Model, check_vocabulary
 from termwise.algorithms.text import Text, text_of
 from termwise.algorithms.tokenization import HuggingFaceTokenizer
 
@@ -47,21 +47,10 @@ class EmbeddingEvaluator(LoadedModel):
         super().__init__(model, encoder=True)
         self._text_name = text.name
         self._first_token = _pools_first_token(model)
-        tokenizer = model.tokenizer()
-        assert isinstance(tokenizer, HuggingFaceTokenizer)  # llama2.c has no encoders
-        rows = int(self._module.get_input_embeddings().num_embeddings)
-        context = getattr(self._module.config, "max_position_embeddings", None)
-        limits = [limit for limit in (tokenizer.sentence_tokens, _context(self._module.config, context)) if limit]
-        self.window_tokens = min(limits, default=512)
-        self._documents = [tokenizer.encode_sentence(document, self.window_tokens) for document in text.documents]
+        self._documents, self.window_tokens = sentences(model, self._module.config, text)
         if not self._documents:
             raise InputError(f"the text {text.name} is empty; expected a document to embed")
-        largest = max(int(document.max(initial=0)) for document in self._documents)
-        if largest >= rows:
-            raise InputError(
-                f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
-                "expected the tokenizer that belongs to the model"
-            )
+        check_vocabulary(model, self._module, self._documents)
         self._reference = self.embeddings()
 
     def embeddings(self) -> Float32:
@@ -129,8 +118,21 @@ class EmbeddingEvaluator(LoadedModel):
         return self._module.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
 
 
-def _context(config: Any, positions: Any) -> int | None:
+def sentences(model: Model, config: Any, text: Text) -> tuple[list[NDArray[np.int64]], int]:
+    """The documents of ``text`` as an encoder reads them, int64 [tokens] each, and the most tokens that it reads.
+
+    ``config`` is transformers' configuration of the model.
+    """
+    tokenizer = model.tokenizer()
+    assert isinstance(tokenizer, HuggingFaceTokenizer)  # llama2.c has no encoders
+    limits = [limit for limit in (tokenizer.sentence_tokens, _context(config)) if limit]
+    window_tokens = min(limits, default=512)
+    return [tokenizer.encode_sentence(document, window_tokens) for document in text.documents], window_tokens
+
+
+def _context(config: Any) -> int | None:
     """Tokens that have a position; RoBERTa numbers them from behind the filler's."""
+    positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -368,6 +368,17 @@ def _class_of(configuration: Any) -> Any:
     if not isinstance(name, str):
         raise InputError(f"model_type {model_type!r} has no model class in transformers; expected a language model")
     return getattr(transformers, name)
+
+
+def check_vocabulary(model: Model, module: Any, windows: Iterable[NDArray[np.int64]]) -> None:
+    """Raise ``InputError`` if ``windows`` hold a token of which ``module``, the model in memory, has no embedding."""
+    largest = max((int(window.max(initial=0)) for window in windows), default=0)
+    rows = int(module.get_input_embeddings().num_embeddings)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
+            "expected the tokenizer that belongs to the model"
+        )
 
 
 def _lacking(structure: Structure) -> str:

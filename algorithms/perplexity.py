@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.kv_cache import KeyValueCacheFormat, get_cache_format, quantized_cache
 from termwise.algorithms.loaded_model import LoadedModel
-from termwise.algorithms.models import Model
+from termwise.algorithms.models import Model, check_vocabulary
 from termwise.algorithms.text import Text
 
 MAXIMUM_WINDOW = 2048
@@ -66,13 +66,7 @@ class Evaluator(LoadedModel):
             raise InputError(
                 f"the text {text.name} has no token that {model.name} could predict; expected a longer one"
             )
-        largest = max(int(window.max()) for window in self._windows)
-        rows = int(self._module.get_input_embeddings().num_embeddings)
-        if largest >= rows:
-            raise InputError(
-                f"the tokenizer of {model.name} gives token {largest}, and the model has {rows} embeddings; "
-                "expected the tokenizer that belongs to the model"
-            )
+        check_vocabulary(model, self._module, self._windows)
 
     def quantize_cache(self, format: KeyValueCacheFormat | str) -> None:
         """Hold keys and values in ``format``, or in the format of that name, from now on; see ``kv_cache``.

@@ -61,9 +61,3 @@ def calibration_text() -> Text:
     """Python's own documentation, topics that ``tiny`` was trained on; no long paragraph of it is held out."""
     documents = tuple(corpus.training_topics())
     return Text(name="training topics of pydoc", documents=documents, digest=corpus.digest(documents))
-
-
-def training_text() -> Text:
-    """What ``tiny`` was trained on: Python's documentation and source without the held-out topics."""
-    documents = tuple(corpus.training_documents())
-    return Text(name="training text of tiny", documents=documents, digest=corpus.digest(documents))

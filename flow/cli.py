@@ -272,7 +272,9 @@ def quantize(
 
     if (format_name is None) == (assignment is None):
         raise InputError("quantize takes one of --format FORMAT and --formats FILE")
-    cache = None if cache_name is None else get_cache_format(cache_name)
+    cache = None
+    if cache_name is not None:
+        cache = get_cache_format(cache_name if cache_name.startswith("kv:") else f"kv:{cache_name}")
     formats: Any = None
     if format_name is not None:
         formats = get_format(format_name if compat is None else f"{format_name}:compat={compat}")

@@ -22,7 +22,7 @@ from termwise.algorithms.grid import row_blocks
 from termwise.algorithms.models import TINY, Matrix, Model
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor, quantization_error, quantize
 from termwise.algorithms.shapes import ModelShape
-from termwise.algorithms.text import Text, training_text
+from termwise.algorithms.text import Text, calibration_text
 
 if TYPE_CHECKING:
     from termwise.algorithms.calibrated import CalibrationMethod
@@ -47,8 +47,8 @@ class Calibration:
 
 
 def default_calibration(model: Model) -> Calibration | None:
-    """The text that ``tiny`` was trained on, for ``tiny``; no other model has a text of its own here."""
-    return Calibration(text=training_text()) if model.name == TINY else None
+    """Topics that ``tiny`` was trained on, for ``tiny``; no other model has a text of its own here."""
+    return Calibration(text=calibration_text()) if model.name == TINY else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,21 +321,29 @@ def score(evaluator: AnyEvaluator) -> float:
     return evaluator.perplexity().per_token if isinstance(evaluator, Evaluator) else evaluator.cosine()
 
 
+def check_calibration(formats: Format | Mapping[str, Format], calibration: Calibration | None) -> bool:
+    """Whether one of ``formats`` has static scales of activations. Raises ``InputError`` if so without a text."""
+    from termwise.algorithms.activations import needs_calibration
+
+    every = [formats] if isinstance(formats, Format) else list(formats.values())
+    static = [format for format in every if format.activation_bits is not None and needs_calibration(format)]
+    if static and calibration is None:
+        raise InputError(
+            f"{static[0].name} quantizes activations with scales that are found before; expected a calibration text"
+        )
+    return bool(static)
+
+
 def _installer(
     model: Model, formats: Mapping[str, Format], evaluator: AnyEvaluator | None, calibration: Calibration | None
 ) -> LayerHook:
     """What puts a quantized layer into the evaluator, with its activations."""
     if evaluator is None:
         return lambda _name, _tensor: None
-    from termwise.algorithms.activations import activation_quantizer, needs_calibration, sample_inputs
+    from termwise.algorithms.activations import activation_quantizer, sample_inputs
 
     samples = {}
-    static = [format for format in formats.values() if format.activation_bits is not None and needs_calibration(format)]
-    if static:
-        if calibration is None:
-            raise InputError(
-                f"{static[0].name} quantizes activations with scales that are found before; expected a calibration text"
-            )
+    if check_calibration(formats, calibration) and calibration is not None:
         samples = sample_inputs(type(evaluator)(model, calibration.text), tokens=ACTIVATION_TOKENS)
 
     def put(name: str, tensor: QuantizedTensor) -> None:

@@ -20,7 +20,7 @@ from termwise.algorithms.kv_cache import KeyValueCacheFormat
 from termwise.algorithms.models import Model
 from termwise.algorithms.text import Text
 from termwise.flow.console import number
-from termwise.flow.quality import Calibration, WeightQuality, Wrap, evaluate, score
+from termwise.flow.quality import Calibration, WeightQuality, Wrap, check_calibration, evaluate, score
 
 if TYPE_CHECKING:
     from termwise.flow.quality import AnyEvaluator
@@ -94,7 +94,10 @@ def quantize_model(
     Raises ``InputError`` as ``evaluate``, ``PackedModelWriter`` and the evaluators do.
     """
     model, text = request.model, request.text
-    measure = "perplexity" if model.runnable else "cosine"
+    if text is not None:
+        check_calibration(request.formats, request.calibration)
+    encoder = not model.runnable and model.no_embedding_reason is None
+    measure = "cosine" if encoder else "perplexity"
     evaluator: AnyEvaluator | None = None
     before: float | None = None
     with ExitStack() as stack:
@@ -134,7 +137,7 @@ def quantize_model(
         **evaluation.quality.to_dict(),
         "perplexity": None,
         "cosine": None,
-        "perplexity_reason": reason if measure == "perplexity" else f"{model.name} is an encoder",
+        "perplexity_reason": f"{model.name} is an encoder" if encoder else reason,
         "text": None if text is None else _text(text),
         "out": None if request.out is None else str(request.out),
     }

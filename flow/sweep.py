@@ -339,13 +339,13 @@ class _Sweep:
                 yield quality, {}, describe(error)
 
     def _wrap(self, quality: Quality) -> Callable[[Iterable[Any]], Iterator[Any]]:
-        """Progress over the matrices of one quality."""
+        """Progress over the layers of one quality."""
         title = f"{quality.subject.name} · {quality.format.name}"
 
-        def told(matrices: Iterable[Any]) -> Iterator[Any]:
-            for name, matrix in matrices:
-                self.progress.doing(f"{title} · {name}")
-                yield name, matrix
+        def told(layers: Iterable[Any]) -> Iterator[Any]:
+            for layer in layers:
+                self.progress.doing(f"{title} · {layer[0]}")
+                yield layer
             self.progress.doing(f"{title} · perplexity")
 
         return told

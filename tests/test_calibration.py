@@ -42,6 +42,9 @@ CONFIGURATIONS: dict[str, Any] = {
     "opt": transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=16),
     "phi": transformers.PhiConfig(**COMMON, intermediate_size=48),
     "bert": transformers.BertConfig(**COMMON, intermediate_size=48, pad_token_id=1),
+    "roberta": transformers.RobertaConfig(
+        **(COMMON | {"max_position_embeddings": CONTEXT + 2}), intermediate_size=48, pad_token_id=1, eos_token_id=2
+    ),
 }
 # The layers of one block that read the same tensor, and what stands outside of the blocks
 SHARING = {
@@ -51,8 +54,9 @@ SHARING = {
     "phi": ["q_proj k_proj v_proj fc1", "dense", "fc2"],
     "bert": ["query key value", "dense", "dense", "dense"],
 }
-SHARING |= {"qwen2": SHARING["llama"], "gemma3": SHARING["llama"]}
-OUTSIDE = {"opt": ["project_in", "project_out lm_head"], "bert": ["pooler.dense"]}
+SHARING |= {"qwen2": SHARING["llama"], "gemma3": SHARING["llama"], "roberta": SHARING["bert"]}
+OUTSIDE = {"opt": ["project_in", "project_out lm_head"], "bert": ["pooler.dense"], "roberta": ["pooler.dense"]}
+ENCODERS = {"bert": transformers.BertModel, "roberta": transformers.RobertaModel}
 
 ONE_LENGTH = text_of("four windows", ["".join(chr(33 + (7 * place) % 90) for place in range(4 * CONTEXT - 1))])
 RAGGED = text_of("ragged", ["a" * 70, "another, shorter one", "short", "x" * 40])
@@ -62,7 +66,7 @@ def save_model(folder: Path, name: str) -> Path:
     """A random model of one architecture with a tokenizer of bytes, whose token 0 begins a sequence."""
     torch.manual_seed(5)
     configuration = CONFIGURATIONS[name]
-    kind = transformers.BertModel if name == "bert" else transformers.AutoModelForCausalLM.from_config
+    kind = ENCODERS.get(name, transformers.AutoModelForCausalLM.from_config)
     kind(configuration).save_pretrained(folder)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
@@ -159,6 +163,12 @@ def test_windows_of_every_length_count_once_and_nothing_is_padded(folder_of: Cal
             assert shared.statistics.rows == run.tokens == len(inputs)
             # A window alone is multiplied in another order than in a batch: a few roundings through three blocks.
             np.testing.assert_allclose(shared.statistics.max_magnitude, np.abs(inputs).max(axis=0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_reads_the_beginning_of_each_document(folder_of: Callable[[str], Path], name: str) -> None:
+    run = Calibration(open_model(folder_of(name)), RAGGED)
+    assert [window.size for window in run.windows] == [min(len(text), CONTEXT) for text in RAGGED.documents]
 
 
 def test_later_stages_see_replaced_weights_or_do_not(folder_of: Callable[[str], Path]) -> None:

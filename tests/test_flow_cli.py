@@ -52,7 +52,11 @@ def test_formats_lists_every_datatype_and_format() -> None:
     assert [entry["name"] for entry in document["datatypes"]] == list(datatypes())
     assert [entry["name"] for entry in document["formats"]] == list(format_names())
     for entry in document["formats"]:
-        assert entry["bits_per_weight"] == get_format(entry["name"]).bits_per_weight(4096, 4096)
+        assert entry["source"]
+        if entry["family"] == "gobo":
+            assert entry["bits_per_weight"] is None
+        else:
+            assert entry["bits_per_weight"] == get_format(entry["name"]).bits_per_weight(4096, 4096)
     text = run("formats").stdout
     assert all(name in text for name in (*datatypes(), *format_names()))
 
@@ -104,9 +108,122 @@ def test_quantize_writes_a_packed_model_or_nothing(tmp_path: Path, small_model: 
     command = ["quantize", small_model, "--format", "bitmod-w4g16", "--text", small_text, "--out", out]
     document_of(run(*command, "--json"))
     assert (out / "model.safetensors").is_file()
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {"report.md", "layers.png", "layers.svg", "quantization.json"} <= {path.name for path in before}
     assert_bad_input(run(*command), str(out), "expected a new or empty directory")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_quantization_goes_on(
+    tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from termwise.algorithms import packed_model
+    from termwise.flow import quality
+
+    command = ["quantize", small_model, "--format", "bitmod-w4g16", "--text", small_text, "--no-score", "--out"]
+    document_of(run(*command, tmp_path / "whole", "--json"))
+    made: list[str] = []
+    whole = quality.quantize
+
+    def interrupted(weights: Any, format: Any, *, name: str) -> Any:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(name)
+        return whole(weights, format, name=name)
+
+    monkeypatch.setattr(quality, "quantize", interrupted)
+    assert run(*command, tmp_path / "packed").exit_code == 130
+    assert not (tmp_path / "packed").exists()
+    monkeypatch.setattr(
+        quality, "quantize", lambda *given, **named: (made.append(named["name"]), whole(*given, **named))[1]
+    )
+    document = document_of(run(*command, tmp_path / "packed", "--json"))
+    assert made == list(open_model(small_model).matrix_names)  # each once
+    assert [layer["name"] for layer in document["layers"]] == made
+    one, other = (packed_model.read_packed(tmp_path / folder) for folder in ("whole", "packed"))
+    for name in made:
+        for part, values in one[name].parts.items():
+            np.testing.assert_array_equal(other[name].parts[part], values)
+
+
+def test_calibration_activations_and_the_cache_are_measured(
+    tmp_path: Path, small_model: Path, small_text: Path
+) -> None:
+    long_text = tmp_path / "long.txt"
+    long_text.write_text(small_text.read_text() * 40)
+    command = ["quantize", small_model, "--text", small_text, "--calibration-text", long_text, "--json"]
+    plain = document_of(run(*command, "--format", "int-w4g16"))
+    calibrated = document_of(run(*command, "--format", "int-w4g16", "--calibrate", "gptq"))
+    assert plain["layers"][0]["output_error"] is None
+    assert all(layer["output_error"] > 0 for layer in calibrated["layers"])
+    assert calibrated["calibration"] == "gptq"
+    activations = document_of(run(*command, "--format", "int-w4a4g16"))
+    assert activations["sqnr_db"] == plain["sqnr_db"]
+    static = document_of(run(*command, "--format", "olive-w4a4"))
+    cached = document_of(run(*command, "--format", "int-w4g16", "--kv-cache", "int-asym-w2g8"))
+    after = {document["perplexity"]["after"] for document in (plain, calibrated, activations, static, cached)}
+    assert len(after) == 5
+    assert set(static["histogram"]) == {"normal-normal", "outlier-normal", "outlier-outlier"}
+    assert sum(static["histogram"].values()) == pytest.approx(1)
+
+
+def test_a_choice_of_formats_is_made_written_and_used(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    words = small_text.read_text().split()
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(words[::-1]) * 20)
+    command = [
+        "mix",
+        small_model,
+        "--bits",
+        "5",
+        "--format",
+        "int-w3g16",
+        "--format",
+        "int-w8g16",
+        "--generations",
+        "1",
+    ]
+    command += ["--calibration-text", other, "--text", small_text, "--out", tmp_path / "mixed.toml"]
+    chosen = document_of(run(*command, "--report", tmp_path / "report", "--json"))
+    assert chosen["bits_per_weight"] <= 5
+    assert (tmp_path / "report" / "report.md").is_file()
+    command = ["quantize", small_model, "--formats", tmp_path / "mixed.toml", "--text", small_text, "--json"]
+    document = document_of(run(*command))
+    assert document["bits_per_weight"] == pytest.approx(chosen["bits_per_weight"])
+    assert {layer["format"] for layer in document["layers"]} == {"int-w3g16", "int-w8g16"}
+
+
+def test_special_values_are_listed_beside_the_papers(small_model: Path) -> None:
+    document = document_of(
+        run("special-values", small_model, "--bits", "3", "--group", "16", "--largest", "4", "--json")
+    )
+    assert document["paper"]["values"] == [3, -3, 6, -6]
+    assert [len(table["values"]) for table in document["tables"]] == [1, 2, 3, 4]
+    assert document["tables"][3]["relative_error"] <= document["paper"]["relative_error"]
+    assert "the paper's: bitmod-w3g16" in run("special-values", small_model, "--bits", "3", "--group", "16").stdout
+
+
+def test_a_packed_model_is_exported(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    command = ["quantize", small_model, "--format", "int-w4g16", "--text", small_text, "--no-score"]
+    document_of(run(*command, "--out", tmp_path / "packed", "--json"))
+    command = ["export", tmp_path / "packed", "--model", small_model]
+    document_of(run(*command, "--to", "compressed-tensors", "--out", tmp_path / "exported", "--json"))
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
+    assert_bad_input(run(*command, "--to", "gguf", "--out", tmp_path / "x.gguf"), "int-w4g16", "GGUF")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_type_of_ones_own_is_a_format(
+    tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERMWISE_DATATYPES", "")
+    file = tmp_path / "mine.toml"
+    file.write_text("[datatype.cubes]\nbits = 3\nlevels = [0, 1, 8, 27, -1, -8, -27]\n")
+    command = ["--datatypes", file, "quantize", small_model, "--format", "cubes-w3g16", "--text", small_text]
+    assert document_of(run(*command, "--json"))["format"] == "cubes-w3g16"
+    file.write_text("[datatype.cubes]\nbits = 3\nlevels = [1, 8]\n")
+    assert_bad_input(run(*command), str(file), "'cubes': no level is 0")
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -174,7 +291,24 @@ def test_doctor_exits_with_3_where_a_package_is_missing(monkeypatch: pytest.Monk
         (["quantize", "no-such-model", "--format", "fp16"], ["unknown model 'no-such-model'"]),
         (["quantize", "opt-1.3b", "--format", "fp16"], ["no weights"]),
         (["quantize", "MODEL", "--format", "fp16", "--text", "none.txt"], ["none.txt", "No such file"]),
-        (["quantize", "MODEL"], ["Missing option '--format'"]),
+        (["quantize", "MODEL"], ["one of --format FORMAT and --formats FILE"]),
+        (["quantize", "MODEL", "--format", "fp16", "--formats", "x.toml"], ["one of --format"]),
+        (["quantize", "MODEL", "--formats", "x.toml"], ["x.toml", "No such file"]),
+        (["quantize", "MODEL", "--format", "int-w4:axis=up"], ["axis=up: expected one of input, output"]),
+        (["quantize", "MODEL", "--format", "int-w4", "--compat", "authors-fp16"], ["compat=authors-fp16"]),
+        (["quantize", "MODEL", "--format", "int-w4", "--calibrate", "gptq"], ["expected --calibration-text FILE"]),
+        (["quantize", "MODEL", "--format", "int-w4", "--calibrate", "gptx"], ["did you mean 'gptq'"]),
+        (["quantize", "MODEL", "--format", "int-w4", "--kv-cache", "nope"], ["unknown format 'nope'"]),
+        (
+            ["quantize", "MODEL", "--format", "int-w4", "--kv-cache", "int-w4", "--no-score"],
+            ["--kv-cache", "--no-score"],
+        ),
+        (["quantize", "MODEL", "--format", "olive-w4a4"], ["olive-w4a4", "expected a calibration text"]),
+        (["mix", "MODEL", "--bits", "4"], ["expected --calibration-text FILE"]),
+        (["special-values", "MODEL", "--bits", "5"], ["expected 3 or 4 bits"]),
+        (["export", "none", "--model", "MODEL", "--to", "gguf", "--out", "x"], ["none"]),
+        (["export", "none", "--model", "MODEL", "--to", "onnx", "--out", "x"], ["unknown layout 'onnx'"]),
+        (["--datatypes", "none.toml", "formats"], ["cannot read none.toml"]),
         (["simulate", "opt-1.3b", "--accelerator", "oliv"], ["unknown accelerator 'oliv'", "did you mean 'olive'"]),
         (["simulate", "opt-1.3b", "--accelerator", "ant@0x4"], ["ROWSxCOLUMNS"]),
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--format", "fp16"], ["needs another decoder"]),
