@@ -224,6 +224,8 @@ def markdown(document: Mapping[str, Any]) -> str:
             f"The choice {verb} the perplexity of `{within['label']}`, the best uniform format within the budget "
             f"({number(within['perplexity'], 5)} to {number(document['perplexity'], 5)}).",
         ]
+    if history and history[-1] == history[0]:
+        lines += ["", "The evolution found nothing better on the calibration text than it started from."]
     taken: dict[str, int] = {}
     for name in document["formats"].values():
         taken[name] = taken.get(name, 0) + 1

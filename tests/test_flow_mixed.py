@@ -101,6 +101,9 @@ def test_the_section_states_whether_anything_was_gained(written: tuple[dict[str,
     document = written[0]
     for gain, said in ((0.5, "The choice lowers"), (0.0, "does not lower"), (-0.5, "does not lower")):
         assert said in markdown({**document, "perplexity_gain": gain})
+    for history, said_nothing_better in (([2.0, 1.5], False), ([2.0, 2.0], True), ([], False)):
+        text = markdown({**document, "evolution": {"seed": 0, "calibration_loss_by_generation": history}})
+        assert ("found nothing better" in text) == said_nothing_better
     text = markdown({**document, "perplexity_gain": None, "uniform_within": None, "uniform_above": None})
     assert "the best uniform format" not in text
     assert "| integer program |" in text
