@@ -37,7 +37,7 @@ from termwise.algorithms.checkpoints import (
     read_headers,
     read_json,
 )
-from termwise.algorithms.datatypes import add_datatype, get_datatype, is_built_in
+from termwise.algorithms.datatypes import add_datatype
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.files import input_error_on_failure, write_text, written_beside
 from termwise.algorithms.formats import FREE, Format, get_format
@@ -46,7 +46,7 @@ from termwise.algorithms.packing import unpack
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor
 from termwise.algorithms.tensor_files import DTYPE_NAMES, StoredTensor, stored_array, stored_tensors, write_shards
 from termwise.algorithms.tokenization import TOKENIZER_FILES
-from termwise.algorithms.user_datatypes import datatype_from, definition_of
+from termwise.algorithms.user_datatypes import datatype_from, definitions_of
 
 METHOD = "termwise"
 VERSION = 2
@@ -253,13 +253,14 @@ def describe(
     datatypes: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The ``quantization_config`` of layers with these formats and shapes (see the module)."""
-    named = {format.type_name for format in formats.values() if format.type_name is not None}
-    own = {name: definition_of(get_datatype(name)) for name in sorted(named) if not is_built_in(name)}
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "layers": {name: {"format": formats[name].name, "shape": list(shapes[name])} for name in formats},
-        "datatypes": {**{name: dict(definition) for name, definition in datatypes.items()}, **own},
+        "datatypes": {
+            **{name: dict(definition) for name, definition in datatypes.items()},
+            **definitions_of(formats.values()),
+        },
         "settings": dict(settings),
     }
 

@@ -18,14 +18,17 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from termwise.algorithms.datatypes import LONGEST_NUMERATOR, DataType, is_built_in
+from termwise.algorithms.datatypes import LONGEST_NUMERATOR, DataType, get_datatype, is_built_in
 from termwise.algorithms.errors import InputError
+
+if TYPE_CHECKING:
+    from termwise.algorithms.formats import Format
 
 ENVIRONMENT_VARIABLE = "TERMWISE_DATATYPES"
 RESERVED_NAMES = frozenset({"fp16", "int", "int_asym", "bitmod", "olive", "ant", "gobo", "type"})
@@ -164,3 +167,9 @@ def definition_of(datatype: DataType) -> dict[str, Any]:
         else:
             entries.append(names[str(datatype.other_values[code])] if code in datatype.other_values else "unused")
     return {"bits": datatype.bits, "levels": entries, "source": datatype.source}
+
+
+def definitions_of(formats: Iterable[Format]) -> dict[str, dict[str, Any]]:
+    """Definitions of the user's types that ``formats`` name, by name: what a result depends on beside their names."""
+    named = {format.type_name for format in formats if format.type_name is not None}
+    return {name: definition_of(get_datatype(name)) for name in sorted(named) if not is_built_in(name)}

@@ -14,7 +14,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -469,6 +469,98 @@ def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bo
     console.print_text(f"{layout}: {out}")
     for note in notes:
         console.print_text(f"note: {note}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--format", "formats", multiple=True, metavar="FORMAT", help="In the place of all; without a group, in all."
+)
+@click.option("--groups", default="128,64,32", show_default=True, help="Sizes of groups.")
+@click.option("--methods", default="none,awq,gptq", show_default=True, help="Methods of calibration.")
+@click.option("--calibrated-groups", help="Sizes of groups with which formats are calibrated.  [default: all]")
+@click.option(
+    "--calibration-text", "calibration_file", type=click.Path(path_type=Path), help="Text for the calibration."
+)
+@click.option(
+    "--paragraphs", type=click.IntRange(min=1), help="Read so many paragraphs of 200 characters of each text."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.  [default: reports/accuracy/MODEL]")
+@_text_option
+@_json_option
+def accuracy(
+    *,
+    model: str,
+    formats: tuple[str, ...],
+    groups: str,
+    methods: str,
+    calibrated_groups: str | None,
+    calibration_file: Path | None,
+    paragraphs: int | None,
+    out: Path | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what every format, group size and calibration method does to MODEL: tables and a figure.
+
+    What is finished is kept under runs/accuracy: the same command goes on where it was stopped.
+    """
+    from termwise.algorithms import embeddings
+    from termwise.flow.accuracy import document_of, measure, plan_accuracy, report_text, write_accuracy
+    from termwise.flow.quality import score
+    from termwise.flow.quantization import load_evaluator
+    from termwise.flow.subject import open_text
+
+    opened = _model_with_weights(model)
+    text = open_text(text_file)
+    calibration = _calibration(opened, None, calibration_file)
+    calibration_text = None if calibration is None else calibration.text
+    if paragraphs is not None:
+        text = embeddings.paragraphs(text, characters=200, count=paragraphs)
+        if calibration_text is not None:
+            calibration_text = embeddings.paragraphs(calibration_text, characters=200, count=paragraphs)
+    plan = plan_accuracy(
+        opened,
+        text,
+        calibration_text,
+        formats=formats,
+        groups=_numbers(groups, "--groups"),
+        methods=methods.split(","),
+        calibrated_groups=None if calibrated_groups is None else _numbers(calibrated_groups, "--calibrated-groups"),
+    )
+    out = out or Path("reports/accuracy") / opened.name.replace("/", "-")
+    command = ["termwise", "accuracy", model]
+    command += [part for name in formats for part in ("--format", name)]
+    for option, value, usual in (
+        ("--groups", groups, "128,64,32"),
+        ("--methods", methods, "none,awq,gptq"),
+        ("--calibrated-groups", calibrated_groups, None),
+        ("--calibration-text", calibration_file, None),
+        ("--paragraphs", paragraphs, None),
+        ("--text", text_file, None),
+    ):
+        command += [option, str(value)] if value != usual else []
+    command += ["--out", str(out)]
+
+    def wrap(entries: Iterable[Any], total: int) -> Iterator[Any]:
+        return console.progress(entries, total=total, label=opened.name, unit="measurement")
+
+    told = shlex.join(command)
+    results = measure(plan, Path("runs/accuracy") / out.name, command=told, warn=console.warn, wrap=wrap)
+    document = document_of(plan, results, score(load_evaluator(opened, text)), told)
+    write_accuracy(document, out)
+    if as_json:
+        console.print_json(document)
+    else:
+        console.print_text(report_text(document))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Positive whole numbers separated by commas. Raises ``InputError``, which names the ``option``."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise InputError(f"{option} {text}: expected positive whole numbers, separated by commas")
+    return [int(part) for part in parts]
 
 
 def _model_with_weights(reference: str) -> Model:

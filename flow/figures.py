@@ -433,8 +433,7 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
     panels = 2 if labels else 1
     places = range(len(layers))
     named = len(layers) <= LAYERS_NAMED
-    settings: dict[Any, Any] = {"svg.hashsalt": "termwise", "svg.fonttype": "none", "font.size": 8}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({**STYLE, "font.size": 8}):
         size = (2.2 + min(0.17 * len(layers), 14.0), 3.0 * panels + (1.6 if named else 0.4))
         figure = Figure(figsize=(max(size[0], 6.0), size[1]), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -465,14 +464,53 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
             grid[-1].set_xticks(places, [layer.name for layer in layers], rotation=90, fontsize=6)
         else:
             grid[-1].set_xlabel("layer, in the order of execution", color=INK)
-        written = []
-        for name, metadata in (("layers.png", {"Software": None}), ("layers.svg", {"Date": None, "Creator": None})):
-            content = BytesIO()
-            figure.savefig(content, format=name.rsplit(".", 1)[1], metadata=metadata)
-            with written_beside(folder / name) as temporary:
-                temporary.write_bytes(content.getvalue())
-            written.append(folder / name)
-    return written
+        return save(figure, folder, "layers")
+
+
+def draw_accuracy(document: Mapping[str, Any], folder: Path) -> list[Path]:
+    """``accuracy.png`` and ``accuracy.svg`` in ``folder``: score against bits per weight, a panel per method.
+
+    ``document`` is that of ``accuracy.document_of``. The colour is the family of the format, the marker the method.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = [entry for entry in document["results"] if entry["table"] == "weights" and entry["score"] is not None]
+    methods = list(dict.fromkeys(entry["method"] for entry in entries)) or ["none"]
+    original = document["original_score"]
+    scores = [entry["score"] for entry in entries]
+    logarithmic = bool(scores) and max(scores) >= LOG_FROM_RATIO * min(scores) > 0
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(methods) + 1.6, 4.4), dpi=150, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(1, len(methods), squeeze=False, sharex=True, sharey=True)[0]
+        families: dict[Family, None] = {}
+        for axes, method in zip(grid, methods, strict=True):
+            for entry in entries:
+                if entry["method"] == method and entry["format"] != "fp16":
+                    family = get_format(entry["format"]).family
+                    families[family] = None
+                    axes.plot(
+                        entry["bits"], entry["score"], "o", markersize=4, alpha=0.8, color=_FAMILY_COLOURS[family]
+                    )
+            axes.axhline(original, color=MUTED, linewidth=0.8, linestyle="--")
+            title = "round to nearest" if method == "none" else method
+            axes.set_title(f"{document['model']} · {title}", loc="left", fontsize=10, color=INK, fontweight="bold")
+            axes.set_xlabel("bits per weight", fontsize=9, color=INK)
+            axes.grid(color=GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            if logarithmic:
+                axes.set_yscale("log")
+        grid[0].set_ylabel(document["score"] + (" (log)" if logarithmic else ""), fontsize=9, color=INK)
+        for family in families:
+            grid[-1].plot(
+                [], [], "o", color=_FAMILY_COLOURS[family], label="single type" if family == "type" else family
+            )
+        grid[-1].plot([], [], "--", color=MUTED, linewidth=0.8, label="original weights")
+        grid[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        return save(figure, folder, "accuracy")
 
 
 def axis_range(values: Sequence[float], *, logarithmic: bool) -> list[float]:

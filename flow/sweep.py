@@ -22,6 +22,7 @@ from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape
 from termwise.algorithms.text import Text
+from termwise.algorithms.user_datatypes import definitions_of
 from termwise.algorithms.workload import check_phase
 from termwise.flow.folders import check_run_folder
 from termwise.flow.quality import check_weights, default_calibration, evaluate, packed_bits_per_weight
@@ -145,7 +146,13 @@ def plan_sweep(specification: Specification) -> Plan:
             }
         qualities = []
         for name in specification.formats:
-            quality_inputs = {**content, "format": name, "source": quality_source, "versions": versions}
+            quality_inputs = {
+                **content,
+                "format": name,
+                "datatypes": definitions_of([get_format(name)]),
+                "source": quality_source,
+                "versions": versions,
+            }
             qualities.append(
                 Quality(
                     subject=subject,
