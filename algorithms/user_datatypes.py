@@ -80,7 +80,7 @@ def parse_datatypes(text: str, where: str, parse: Any) -> tuple[DataType, ...]:
     try:
         document = parse(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is no TOML: {error}") from error
+        raise InputError(f"{where} is no TOML: {' '.join(str(error).split())}") from error
     tables = document.get("datatype") if isinstance(document, dict) else None
     if not isinstance(tables, dict) or not tables or set(document) != {"datatype"}:
         raise InputError(f"{where}: expected tables [datatype.NAME], and nothing else")
@@ -130,6 +130,9 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
             levels[code] = Fraction(entry)
     for code in range(len(entries), 1 << bits):
         special[code] = "unused"
+    for name_of_value in ("minus zero", "inf", "-inf"):
+        if list(special.values()).count(name_of_value) > 1:
+            raise InputError(f"{place}: {name_of_value!r} stands twice; expected one code for it")
     for code, level in levels.items():
         if level in list(levels.values())[: list(levels).index(code)]:
             raise InputError(f"{place}: the level {float(level):g} stands twice; expected every level once")

@@ -1,4 +1,4 @@
-"""Mutated quantized models: each is read, or refused with an InputError; anything else is a failure.
+"""Mutated quantized models and files of data types: each is read, or refused with an InputError, or it is a failure.
 
     python benchmarks/fuzz_readers.py [--inputs 100000] [--seed 0]
 
@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from termwise.algorithms.formats import get_format
 from termwise.algorithms.models import open_model
 from termwise.algorithms.packed_model import PackedModelWriter, open_packed
 from termwise.algorithms.quantize import quantize
-from termwise.algorithms.user_datatypes import datatype_from
+from termwise.algorithms.user_datatypes import datatype_from, parse_datatypes
 
 Files = dict[str, bytes]
 
@@ -244,14 +245,53 @@ def outcome(chance: random.Random, folder: Path) -> str:
     return "read"
 
 
+TYPES = """
+[datatype.fp3_mine]
+bits = 3
+levels = [0, 1, 2, 5, "minus zero", -1, -2, -5]
+source = "notes"
+
+[datatype.odd]
+bits = 4
+levels = [0, 0.5, -0.75, 3, "unused", "nan", "inf", "-inf", 1e3]
+"""
+
+
+def outcome_of_types(chance: random.Random, _: Path) -> str:
+    """``types read`` or ``types refused``, of one mutated TOML file of data types."""
+    document = tomllib.loads(TYPES)
+    if chance.random() < 0.5:
+        text = _mutate_bytes(TYPES.encode(), chance).decode("utf-8", "surrogateescape")
+        parse: Callable[[str], Any] = tomllib.loads
+    else:
+        text = json.dumps(_mutate_json(document, chance))
+        parse = json.loads
+    refused = ""
+    try:
+        types = parse_datatypes(text, "types.toml", parse)
+    except InputError as error:
+        types, refused = (), str(error)
+    assert "\n" not in refused, refused
+    if refused:
+        return "types refused"
+    for datatype in types:
+        codes = np.arange(1 << datatype.bits, dtype=np.uint8)
+        assert np.array_equal(datatype.encode(datatype.decode(codes)), codes)
+    return "types read"
+
+
 def fuzz(inputs: int, seed: int, report: Callable[[int], None] = lambda _: None) -> collections.Counter[str]:
-    """Counts of the outcomes of ``inputs`` mutated models. Raises ``AssertionError`` with the seed of a failure."""
+    """Counts of the outcomes of ``inputs`` mutated models and as many files of types.
+
+    Raises ``AssertionError`` with the seed of a failure.
+    """
     counts: collections.Counter[str] = collections.Counter()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         for number in range(inputs):
             try:
-                counts[outcome(random.Random(f"{seed}:{number}"), Path(folder))] += 1
+                for one in (outcome, outcome_of_types):
+                    counts[one(random.Random(f"{seed}:{number}"), Path(folder))] += 1
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # a panic of the Rust code below is no Exception

@@ -101,7 +101,9 @@ def test_a_token_of_integers_has_one_scale_of_its_own() -> None:
         assert np.array_equal(found, expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("name", [*DYNAMIC, "olive-w4a4", "olive-w8a8", "olive-w4a8", "nvfp4-w4a4"])
+@pytest.mark.parametrize(
+    "name", [*DYNAMIC, "olive-w4a4", "olive-w8a8", "olive-w4a8", "nvfp4-w4a4", "ant-w4a4", "ant-w4a8g32"]
+)
 def test_no_token_changes_another_one(name: str) -> None:
     quantizer = quantizer_of(name)
     values = activations(tokens=5)

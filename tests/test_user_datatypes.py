@@ -81,6 +81,8 @@ def test_a_definition_reads_back(name: str) -> None:
         ("[datatype.x]\nbits = 2\nlevels = [0, 1, 2, 3, 4]", "5 levels; expected at most 4, the codes of 2 bits"),
         ("[datatype.x]\nbits = 2\nlevels = [1, 2]", "no level is 0"),
         ("[datatype.x]\nbits = 2\nlevels = [0]", "no level but 0"),
+        ("[datatype.x]\nbits = 3\nlevels = [0, 1, 'inf', 'inf']", "'inf' stands twice"),
+        ("[datatype.x]\nbits = 3\nlevels = [0, 1, 1" + "0" * 400 + "]", "a level of 1329 bits; expected at most 40"),
         ("[datatype.x]\nbits = 9\nlevels = [0, 1]", "bits: input should be less than or equal to 8; got 9"),
         ("[datatype.x]\nlevels = [0, 1]", "bits: field required"),
         ("[datatype.x]\nbits = 2\nlevels = [0, true]", r"levels\.1"),
