@@ -395,7 +395,7 @@ def report_text(document: Mapping[str, Any]) -> str:
         lines += [f"Calibration text: {document['calibration_text']['name']}, which shares no document with it.", ""]
     lines += ["![score against bits per weight](accuracy.png)", ""]
     lines += _weights_section(results)
-    lines += _comparison_section(results, encoder=encoder)
+    lines += _comparison_section(document)
     for table, title, column in (
         ("activations", "Weights and activations", "format"),
         ("cache", "Cache of keys and values, weights in floating point", "cache"),
@@ -464,16 +464,59 @@ def _without_group(format: Format) -> tuple[str, str]:
     return format.name.replace(f"g{format.group_size}", "", 1), str(format.group_size)
 
 
-def _comparison_section(results: Sequence[Mapping[str, Any]], *, encoder: bool) -> list[str]:
+def compared_scores(document: Mapping[str, Any], bits: int) -> dict[str, float]:
+    """Score of every type of ``COMPARED`` that was measured, less is better (a cosine is negated)."""
+    sign = -1 if "cosine" in document["score"] else 1
+    plain = {
+        entry["format"]: entry["score"]
+        for entry in document["results"]
+        if (entry["table"], entry["method"]) == ("weights", "none") and entry["score"] is not None
+    }
+    return {name: sign * plain[format] for name, format in COMPARED[bits].items() if format in plain}
+
+
+def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The page above the reports of several models: their commands, and their orders beside the paper's."""
+    lines = [f"`{command}`", "", "# Accuracy of the formats", ""]
+    lines += ["| model | score | own weights | report | made by |", "|---|---|---|---|---|"]
+    for document in documents:
+        folder = document["model"].replace("/", "-")
+        lines.append(
+            f"| {document['model']} | {document['score']} | {number(document['original_score'], 5)} | "
+            f"[report]({folder}/report.md) | `{document['command']}` |"
+        )
+    lines += ["", "Of the encoder the score is a cosine: it predicts no tokens.", ""]
+    for bits, formats in COMPARED.items():
+        lines += [f"## {bits} bits: the order of BitMoD's Table VI", ""]
+        lines += [
+            f"Formats: {', '.join(formats.values())}; round to nearest. What is said of the table is in the reports.",
+            "",
+        ]
+        lines += [
+            "| model | best first | mean tau over the paper's models | pairs that no model of the paper orders so |"
+        ]
+        lines += ["|---|---|---|---|"]
+        for document in documents:
+            ours = compared_scores(document, bits)
+            order = sorted(ours, key=lambda name: ours[name])
+            columns = [
+                {name: scores[place] for name, scores in PAPER_PERPLEXITY[bits].items()}
+                for place in range(len(PAPER_MODELS))
+            ]
+            found = [order_agreement(ours, theirs) for theirs in columns]
+            never = set.intersection(*({pair for pair in disagreeing} for _, disagreeing in found))
+            mean = sum(tau for tau, _ in found) / len(found)
+            told = "; ".join(sorted(pair.partition(" here")[0] for pair in never)) or "none"
+            lines.append(f"| {document['model']} | {', '.join(order)} | {mean:+.2f} | {told} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _comparison_section(document: Mapping[str, Any]) -> list[str]:
     """Our order of the types of BitMoD's Table VI beside the paper's."""
     lines: list[str] = []
-    for bits, formats in COMPARED.items():
-        ours = {}
-        for name, format in formats.items():
-            for entry in results:
-                plain = (entry["table"], entry["format"], entry["method"]) == ("weights", format, "none")
-                if plain and entry["score"] is not None:
-                    ours[name] = -entry["score"] if encoder else entry["score"]
+    for bits in COMPARED:
+        ours = compared_scores(document, bits)
         if len(ours) < 2:
             continue
         if not lines:
