@@ -504,7 +504,7 @@ def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
                 for place in range(len(PAPER_MODELS))
             ]
             found = [order_agreement(ours, theirs) for theirs in columns]
-            never = set.intersection(*({pair for pair in disagreeing} for _, disagreeing in found))
+            never = set.intersection(*(set(disagreeing) for _, disagreeing in found))
             mean = sum(tau for tau, _ in found) / len(found)
             told = "; ".join(sorted(pair.partition(" here")[0] for pair in never)) or "none"
             lines.append(f"| {document['model']} | {', '.join(order)} | {mean:+.2f} | {told} |")

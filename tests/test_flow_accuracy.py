@@ -140,3 +140,22 @@ def test_a_wrong_argument_is_told_before_anything_runs(command: list[Any], argum
     assert result.exit_code == 2
     assert said in result.stderr
     assert not Path("runs").exists()
+
+
+def test_the_index_names_commands_and_orders() -> None:
+    scores = {"bitmod-w4g128": 3.0, "int-asym-w4g128": 4.0, "ant-w4g128": 2.0}
+    document = {
+        "model": "m",
+        "score": "perplexity per token",
+        "original_score": 1.5,
+        "command": "termwise accuracy m",
+        "results": [
+            {"table": "weights", "method": "none", "format": name, "score": score} for name, score in scores.items()
+        ],
+    }
+    text = accuracy.index_text([document], "the command")
+    assert text.splitlines()[0] == "`the command`"
+    assert "`termwise accuracy m`" in text
+    assert "ant, bitmod, int-asym" in text
+    assert "ant before bitmod" in text  # in no column of the paper
+    assert "bitmod before int-asym" not in text
