@@ -228,7 +228,7 @@ def _levels(levels: Sequence[float]) -> str:
     "--calibration-text",
     "calibration_file",
     type=click.Path(path_type=Path),
-    help="UTF-8 text that the calibration reads.  [default for tiny: its training text]",
+    help="UTF-8 text on which output errors are measured, and calibrated.  [default for tiny: its training topics]",
 )
 @click.option("--kv-cache", "cache_name", metavar="CACHE", help="Format of keys and values: int-asym-w4g32, ...")
 @click.option("--compat", metavar="authors-fp16", help="BitMoD's selection in the arithmetic of its authors' script.")
@@ -589,7 +589,11 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _calibration(model: Model, method_name: str | None, file: Path | None) -> Calibration | None:
-    """What is measured before a quantization. Raises ``InputError`` for a method without a text."""
+    """What is measured before a quantization: with a text of the user's at least the errors of the layers' outputs.
+
+    Raises ``InputError`` for a method without a text.
+    """
+    from termwise.algorithms.calibrated import RoundToNearest
     from termwise.algorithms.text import read_text
     from termwise.flow.quality import Calibration, default_calibration
 
@@ -600,7 +604,7 @@ def _calibration(model: Model, method_name: str | None, file: Path | None) -> Ca
         method = get_method(method_name)
     usual = default_calibration(model)
     if file is not None:
-        return Calibration(text=read_text(file), method=method)
+        return Calibration(text=read_text(file), method=method or RoundToNearest())
     if usual is not None:
         return Calibration(text=usual.text, method=method)
     if method is not None:

@@ -61,7 +61,7 @@ class Request:
 
     @property
     def method(self) -> str | None:
-        """Name of the calibration method."""
+        """Name of the calibration method; ``none`` where only output errors are measured, None where nothing is."""
         return None if self.calibration is None or self.calibration.method is None else self.calibration.method.name
 
 
@@ -209,8 +209,9 @@ def write_report(document: Mapping[str, Any], quality: WeightQuality, folder: Pa
     titles, rows = layer_columns(quality)
     lines = [f"# {title}", "", summary_sentence(quality) + ".", "", score_sentence(document) + ".", ""]
     if document["calibration_text"] is not None:
-        method = document["calibration"] or "scales of activations"
-        lines += [f"Calibration: {method} on {document['calibration_text']['name']}.", ""]
+        method = {None: "scales of activations", "none": "output errors"}
+        used = method.get(document["calibration"], document["calibration"])
+        lines += [f"Calibration: {used} on {document['calibration_text']['name']}.", ""]
     if document["kv_cache"] is not None:
         lines += [f"Keys and values: {document['kv_cache']}.", ""]
     lines += ["![layers](layers.png)", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]

@@ -76,3 +76,31 @@ def test_wide_keys_and_values_are_refused(spec: ProcessingElementSpec) -> None:
 def test_decoded_weights_fill_the_buffer_of_the_baseline() -> None:
     assert Fp16MacSpec().buffer_bits(get_format("int-w4g128"), 64, 256) == 16
     assert BitSerialSpec().buffer_bits(get_format("int-w4g128"), 64, 256) == 4.125
+
+
+@pytest.mark.parametrize(
+    "spec", [Fp16MacSpec(), BitSerialSpec(), OutlierVictimSpec(), FlintSpec()], ids=lambda spec: spec.kind
+)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gobo-w3", "needs GOBO's own datapath"), ("int-w4a8g128", "its activations have 8 bits, and the PE takes FP16")],
+)
+def test_what_no_modelled_pe_takes_is_refused_with_the_reason(
+    spec: ProcessingElementSpec, name: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedFormatError, match=reason):
+        spec.cycles_per_step(get_format(name))
+
+
+def test_groups_along_the_outputs_need_a_decoder_before_the_pe() -> None:
+    along_outputs = get_format("int-w4g128:axis=output")
+    assert Fp16MacSpec().cycles_per_step(along_outputs) == 1
+    for spec in (BitSerialSpec(), OutlierVictimSpec(), FlintSpec()):
+        with pytest.raises(UnsupportedFormatError, match="its groups lie along the outputs"):
+            spec.cycles_per_step(along_outputs)
+
+
+def test_special_values_of_ones_own_take_two_terms() -> None:
+    assert BitSerialSpec().cycles_per_step(get_format("bitmod-w3g128:special=6,-6,7,-7")) == 2
+    with pytest.raises(UnsupportedFormatError, match="needs 3"):
+        BitSerialSpec().cycles_per_step(get_format("bitmod-w4g128:special=5.5"))
