@@ -54,22 +54,26 @@ CACHES: Final = (
 WIDE_BITS: Final = 6
 """Formats of so many bits or more are measured in one group size unless they are named."""
 
-PAPER_MODELS: Final = ("OPT-1.3B", "Phi-2", "Yi-6B", "Llama-2-7B", "Llama-2-13B", "Llama-3-8B")
+PAPER_COLUMNS: Final = tuple(
+    f"{model}, {text}"
+    for text in ("Wikitext-2", "C4")
+    for model in ("OPT-1.3B", "Phi-2", "Yi-6B", "Llama-2-7B", "Llama-2-13B", "Llama-3-8B")
+)
 PAPER_PERPLEXITY: Final[Mapping[int, Mapping[str, Sequence[float]]]] = {
     4: {
-        "ant": (16.23, 11.23, 6.87, 6.09, 5.31, 7.58),
-        "olive": (15.38, 10.49, 6.55, 5.91, 5.13, 6.89),
-        "mxfp4": (15.39, 10.72, 6.62, 5.82, 5.11, 7.04),
-        "int-asym": (15.41, 10.67, 6.32, 5.77, 5.01, 6.84),
-        "bitmod": (14.89, 10.48, 6.23, 5.72, 5.01, 6.73),
+        "ant": (16.23, 11.23, 6.87, 6.09, 5.31, 7.58, 16.08, 14.31, 10.95, 7.71, 6.91, 11.04),
+        "olive": (15.38, 10.49, 6.55, 5.91, 5.13, 6.89, 15.82, 13.51, 9.84, 7.34, 6.74, 9.91),
+        "mxfp4": (15.39, 10.72, 6.62, 5.82, 5.11, 7.04, 15.81, 13.72, 10.24, 7.39, 6.71, 10.13),
+        "int-asym": (15.41, 10.67, 6.32, 5.77, 5.01, 6.84, 15.74, 13.65, 9.69, 7.31, 6.62, 9.79),
+        "bitmod": (14.89, 10.48, 6.23, 5.72, 5.01, 6.73, 15.29, 13.53, 9.58, 7.26, 6.61, 9.66),
     },
     3: {
-        "ant": (340.6, 15.57, 9.01, 8.51, 6.40, 15.22),
-        "int-asym": (139.4, 13.92, 8.66, 7.08, 5.64, 13.26),
-        "bitmod": (22.67, 12.91, 7.66, 6.55, 5.50, 8.96),
+        "ant": (340.6, 15.57, 9.01, 8.51, 6.40, 15.22, 332.9, 18.35, 14.32, 10.28, 7.98, 17.56),
+        "int-asym": (139.4, 13.92, 8.66, 7.08, 5.64, 13.26, 144.9, 16.79, 13.33, 9.29, 7.35, 17.80),
+        "bitmod": (22.67, 12.91, 7.66, 6.55, 5.50, 8.96, 20.47, 15.69, 11.98, 8.36, 7.18, 12.82),
     },
 }
-"""BitMoD Table VI: perplexity on Wikitext-2 at groups of 128 (MX: 32), by bits and type, a column per model."""
+"""BitMoD Table VI: perplexity at groups of 128 (MX: 32), by bits and type, in the order of ``PAPER_COLUMNS``."""
 
 COMPARED: Final[Mapping[int, Mapping[str, str]]] = {
     4: {
@@ -235,8 +239,11 @@ def measure(
     command: str,
     warn: Callable[[str], None],
     wrap: Callable[[Iterable[Measurement], int], Iterator[Measurement]],
+    only_measured: bool = False,
 ) -> list[Result]:
     """Every result of ``plan``; what is in ``folder`` already is read, the rest is measured and kept there.
+
+    With ``only_measured`` the rest is listed as not run.
 
     Raises ``InputError`` where the folder cannot be written, or the model or text cannot be read.
     """
@@ -247,17 +254,21 @@ def measure(
         found = store.load("quality", wanted.digest)
         if found is not None and found.status != "failed":
             records[entry] = found
+    skipped = list(plan.skipped)
     missing = [entry for entry in plan.measurements if entry not in records]
+    if only_measured:
+        skipped += [(entry, "not run yet") for entry in missing]
+        missing = []
     evaluator = load_evaluator(plan.model, plan.text) if missing else None
     for entry in wrap(missing, len(missing)):
         assert evaluator is not None
         record = _measured(plan, entry, evaluator, command)
         store.save(record)
         records[entry] = record
-    results = [_result(entry, records[entry]) for entry in plan.measurements]
+    results = [_result(entry, records[entry]) for entry in plan.measurements if entry in records]
     return results + [
         Result(measurement=entry, score=None, bits=None, sqnr_db=None, output_error=None, reason=reason)
-        for entry, reason in plan.skipped
+        for entry, reason in skipped
     ]
 
 
@@ -388,7 +399,8 @@ def report_text(document: Mapping[str, Any]) -> str:
     lines += [
         f"Score: {kind} on {document['text']['name']} ({better}). With the model's own weights: "
         f"**{number(document['original_score'], 5)}**. Every linear layer is quantized, the head among them. Bits are "
-        "per weight (of a cache per value), counted from the packed bytes with scales and selectors.",
+        "per weight (of a cache per value), counted from the packed bytes with scales and selectors. A group larger "
+        "than a row is the row; the last group of a row may be short.",
         "",
     ]
     if document["calibration_text"] is not None:
@@ -407,15 +419,22 @@ def report_text(document: Mapping[str, Any]) -> str:
                 f"| {entry[column]} | {entry['method']} | {number(entry['bits'])} | {_cell(entry)} |" for entry in rows
             ]
             lines.append("")
-    reasons: dict[str, list[str]] = {}
-    for entry in results:
-        if entry["score"] is None and entry["reason"]:
-            reasons.setdefault(entry["reason"], []).append(f"{entry['cache'] or entry['format']} ({entry['method']})")
-    if reasons:
-        lines += ["## Not measured", ""]
-        lines += [f"* {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-        lines.append("")
+    lines += _not_measured_section(results)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _not_measured_section(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every reason with the formats, without their groups, and the methods that it holds for."""
+    methods: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in results:
+        if entry["score"] is None:
+            name = entry["cache"] or _without_group(get_format(entry["format"]))[0]
+            methods.setdefault((entry["reason"] or "no finite score", name), {})[entry["method"]] = None
+    names: dict[tuple[str, str], list[str]] = {}
+    for (reason, name), used in methods.items():
+        names.setdefault((reason, ", ".join(used)), []).append(name)
+    lines = [f"* {reason} ({used}): {', '.join(found)}" for (reason, used), found in names.items()]
+    return ["## Not measured", "", *lines, ""] if lines else []
 
 
 def _cell(entry: Mapping[str, Any]) -> str:
@@ -465,14 +484,21 @@ def _without_group(format: Format) -> tuple[str, str]:
 
 
 def compared_scores(document: Mapping[str, Any], bits: int) -> dict[str, float]:
-    """Score of every type of ``COMPARED`` that was measured, less is better (a cosine is negated)."""
+    """Score of every type of ``COMPARED`` in its largest group, less is better (a cosine is negated)."""
     sign = -1 if "cosine" in document["score"] else 1
     plain = {
         entry["format"]: entry["score"]
         for entry in document["results"]
         if (entry["table"], entry["method"]) == ("weights", "none") and entry["score"] is not None
     }
-    return {name: sign * plain[format] for name, format in COMPARED[bits].items() if format in plain}
+    found = {}
+    for name, format in COMPARED[bits].items():
+        for group in GROUPS:
+            named = format.replace("g128", f"g{group}")
+            if named in plain:
+                found[name] = sign * plain[named]
+                break
+    return found
 
 
 def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
@@ -493,7 +519,7 @@ def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
             "",
         ]
         lines += [
-            "| model | best first | mean tau over the paper's models | pairs that no model of the paper orders so |"
+            "| model | best first | mean tau over the paper's columns | pairs that no column of the paper orders so |"
         ]
         lines += ["|---|---|---|---|"]
         for document in documents:
@@ -501,7 +527,7 @@ def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
             order = sorted(ours, key=lambda name: ours[name])
             columns = [
                 {name: scores[place] for name, scores in PAPER_PERPLEXITY[bits].items()}
-                for place in range(len(PAPER_MODELS))
+                for place in range(len(PAPER_COLUMNS))
             ]
             found = [order_agreement(ours, theirs) for theirs in columns]
             never = set.intersection(*(set(disagreeing) for _, disagreeing in found))
@@ -523,7 +549,8 @@ def _comparison_section(document: Mapping[str, Any]) -> list[str]:
             lines += [
                 "## Order of the types, beside BitMoD's Table VI",
                 "",
-                "Groups of 128 (MX: 32), round to nearest. Kendall's tau is 1 for the same order, -1 for the reverse. "
+                "Groups of 128 or the largest measured (MX: 32), round to nearest. Kendall's tau is 1 for the same "
+                "order, -1 for the reverse; a pair that is equal in the paper counts for neither. "
                 "The paper's MX-FP4 is not OCP's: its authors' script puts the largest level of a group at twice its "
                 "power of two, whatever the type, so that its grid is another one; ours follows OCP v1.0. The paper's "
                 "3-bit OliVe is not compared: OliVe's paper defines no 3-bit pair.",
@@ -532,10 +559,10 @@ def _comparison_section(document: Mapping[str, Any]) -> list[str]:
         order = sorted(ours, key=lambda name: ours[name])
         shown = ", ".join(f"{name} {number(abs(ours[name]), 5)}" for name in order)
         lines += [f"{bits} bits, best first: {shown}.", ""]
-        for place, model in enumerate(PAPER_MODELS):
+        for place, model in enumerate(PAPER_COLUMNS):
             theirs = {name: columns[place] for name, columns in PAPER_PERPLEXITY[bits].items()}
             tau, disagreeing = order_agreement(ours, theirs)
-            told = "the same order" if not disagreeing else "; ".join(disagreeing)
+            told = "; ".join(disagreeing) or "no pair the other way round"
             lines.append(f"* {model}: tau {tau:+.2f}; {told}")
         lines.append("")
     return lines

@@ -485,6 +485,7 @@ def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bo
 @click.option(
     "--paragraphs", type=click.IntRange(min=1), help="Read so many paragraphs of 200 characters of each text."
 )
+@click.option("--only-measured", is_flag=True, help="Write the report of what is measured already.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.  [default: reports/accuracy/MODEL]")
 @_text_option
 @_json_option
@@ -497,6 +498,7 @@ def accuracy(
     calibrated_groups: str | None,
     calibration_file: Path | None,
     paragraphs: int | None,
+    only_measured: bool,
     out: Path | None,
     text_file: Path | None,
     as_json: bool,
@@ -546,7 +548,9 @@ def accuracy(
         return console.progress(entries, total=total, label=opened.name, unit="measurement")
 
     told = shlex.join(command)
-    results = measure(plan, Path("runs/accuracy") / out.name, command=told, warn=console.warn, wrap=wrap)
+    results = measure(
+        plan, Path("runs/accuracy") / out.name, command=told, warn=console.warn, wrap=wrap, only_measured=only_measured
+    )
     document = document_of(plan, results, score(load_evaluator(opened, text)), told)
     write_accuracy(document, out)
     if as_json:

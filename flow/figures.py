@@ -467,6 +467,10 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
         return save(figure, folder, "layers")
 
 
+SHOWN_RATIO: Final = 2.0
+"""A perplexity above so many times the original one is drawn at the edge."""
+
+
 def draw_accuracy(document: Mapping[str, Any], folder: Path) -> list[Path]:
     """``accuracy.png`` and ``accuracy.svg`` in ``folder``: score against bits per weight, a panel per method.
 
@@ -479,8 +483,8 @@ def draw_accuracy(document: Mapping[str, Any], folder: Path) -> list[Path]:
     entries = [entry for entry in document["results"] if entry["table"] == "weights" and entry["score"] is not None]
     methods = list(dict.fromkeys(entry["method"] for entry in entries)) or ["none"]
     original = document["original_score"]
-    scores = [entry["score"] for entry in entries]
-    logarithmic = bool(scores) and max(scores) >= LOG_FROM_RATIO * min(scores) > 0
+    cosine = "cosine" in document["score"]
+    worst = 0.6 * original if cosine else SHOWN_RATIO * original
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(methods) + 1.6, 4.4), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -491,9 +495,10 @@ def draw_accuracy(document: Mapping[str, Any], folder: Path) -> list[Path]:
                 if entry["method"] == method and entry["format"] != "fp16":
                     family = get_format(entry["format"]).family
                     families[family] = None
-                    axes.plot(
-                        entry["bits"], entry["score"], "o", markersize=4, alpha=0.8, color=_FAMILY_COLOURS[family]
-                    )
+                    beyond = entry["score"] < worst if cosine else entry["score"] > worst
+                    marker, height = (("v" if cosine else "^"), worst) if beyond else ("o", entry["score"])
+                    colour = _FAMILY_COLOURS[family]
+                    axes.plot(entry["bits"], height, marker, markersize=4, alpha=0.8, color=colour, clip_on=False)
             axes.axhline(original, color=MUTED, linewidth=0.8, linestyle="--")
             title = "round to nearest" if method == "none" else method
             axes.set_title(f"{document['model']} · {title}", loc="left", fontsize=10, color=INK, fontweight="bold")
@@ -501,9 +506,8 @@ def draw_accuracy(document: Mapping[str, Any], folder: Path) -> list[Path]:
             axes.grid(color=GRID, linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-            if logarithmic:
-                axes.set_yscale("log")
-        grid[0].set_ylabel(document["score"] + (" (log)" if logarithmic else ""), fontsize=9, color=INK)
+            axes.set_ylim((worst, 1.0) if cosine else (0.97 * original, worst))
+        grid[0].set_ylabel(f"{document['score']} (triangles: beyond)", fontsize=9, color=INK)
         for family in families:
             grid[-1].plot(
                 [], [], "o", color=_FAMILY_COLOURS[family], label="single type" if family == "type" else family

@@ -85,6 +85,9 @@ def test_what_was_measured_is_not_measured_again(
     monkeypatch.setattr(accuracy, "evaluate", None)
     assert json.loads(run(*command, "--json").stdout)["results"] == first["results"]
     assert all(entry["score"] is not None for entry in first["results"])
+    partly = json.loads(run(*command, "--format", "int-w3", "--only-measured", "--json").stdout)["results"]
+    assert [entry for entry in partly if entry["score"] is not None] == first["results"]
+    assert {entry["reason"] for entry in partly if entry["score"] is None} == {"not run yet"}
 
 
 def test_by_default_every_format_is_measured_or_listed(small_model: Path) -> None:
