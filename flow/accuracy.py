@@ -515,7 +515,7 @@ def index_text(documents: Sequence[Mapping[str, Any]], command: str) -> str:
     for bits, formats in COMPARED.items():
         lines += [f"## {bits} bits: the order of BitMoD's Table VI", ""]
         lines += [
-            f"Formats: {', '.join(formats.values())}; round to nearest. What is said of the table is in the reports.",
+            f"Formats: {', '.join(formats.values())}; or the largest group measured; round to nearest.",
             "",
         ]
         lines += [
