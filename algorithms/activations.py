@@ -221,6 +221,9 @@ class StaticQuantizer:
     def __call__(self, activations: Float32) -> Float32:
         """Nearest values; see ``ActivationQuantizer``."""
         tokens, channels = activations.shape
+        bad = activations.size - int(np.count_nonzero(np.isfinite(activations)))
+        if bad:
+            raise InputError(f"{bad} NaN or infinite activations; expected finite ones")
         scales = np.repeat(self.calibrated.parts["scales"], tokens, axis=0)
         fixed = QuantizedTensor(
             format=self.calibrated.format, shape=(tokens, channels), parts={**self.calibrated.parts, "scales": scales}

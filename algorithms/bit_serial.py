@@ -118,7 +118,7 @@ def quantize_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDA
     Raises ``InputError`` when a channel scale is outside the normal range of FP32.
     """
     channel = (scales.max(axis=1) / SCALE_MAX).astype(np.float32)
-    channel[channel == 0] = 1
+    channel[scales.max(axis=1) == 0] = 1
     if channel.min() < np.finfo(np.float32).tiny:
         raise InputError(
             f"a channel needs the scale {channel.min():.4g}; expected at least 1.2e-38, a normal FP32 number"
@@ -138,6 +138,9 @@ def fit(weights: grid.Weights, format: Format) -> Parts:
         if format.weight_bits in SPECIAL_WIDTHS and format.option("compat") != AUTHORS:
             units = channel_scales.astype(np.float64) / tables.units[0]
             group_scales = grid.settle(block, group_size, largest, chosen, units, SCALE_MAX, format.datatypes, tables)
+        greatest = group_scales.astype(np.float64) * channel_scales.astype(np.float64)[:, None] * maxima[chosen]
+        if greatest.max() > np.finfo(np.float32).max:
+            raise InputError(f"a level of {greatest.max():.4g}; expected weights whose levels are FP32 numbers")
         parts["group_scales"][rows], parts["channel_scales"][rows] = group_scales, channel_scales
         if format.selector_bits:
             parts["selectors"][rows] = pack(chosen, format.selector_bits)
@@ -167,6 +170,7 @@ def authors_choice(weights: NDArray[np.float32], group_size: int, datatypes: Seq
     zero without saying so.
     """
     rows, inputs = weights.shape
+    group_size = min(group_size, inputs)
     groups = -(-inputs // group_size)
     padded = np.zeros((rows, groups * group_size), dtype=np.float16)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):

@@ -92,8 +92,8 @@ ANT_TYPES: Mapping[str, Mapping[int, str]] = MappingProxyType(
 """ANT's kinds of data types (section IV), by the width of a code."""
 
 _NAME = re.compile(
-    r"(?P<family>[a-z0-9_]+|int-asym)-w(?P<bits>[1-9][0-9]*)(?:a(?P<activations>[1-9][0-9]*))?"
-    r"(?:g(?P<group>[1-9][0-9]*))?"
+    r"(?P<family>[a-z0-9_]+|int-asym)-w(?P<bits>[1-9][0-9]?)(?:a(?P<activations>[1-9][0-9]?))?"
+    r"(?:g(?P<group>[1-9][0-9]{0,8}))?"
 )
 _ITEM_BYTES = {"uint8": 1, "float16": 2, "float32": 4, "uint32": 4}
 FREE = -1

@@ -159,11 +159,11 @@ def _choose_row(
     chosen: NDArray[np.uint8],
     largest: NDArray[np.float32],
 ) -> None:
-    values = np.empty(group_size)  # the group's weights × divisor
-    magnitudes = np.empty(group_size)
-    to_common = np.empty(group_size)  # their distance from the nearest common level, × divisor
-    nearest = np.empty(group_size)  # the same from any level of the candidate
-    nearest_of_best = np.empty(group_size)
+    values = np.empty(min(group_size, weights.size))  # the group's weights × divisor
+    magnitudes = np.empty(min(group_size, weights.size))
+    to_common = np.empty(min(group_size, weights.size))  # their distance from the nearest common level, × divisor
+    nearest = np.empty(min(group_size, weights.size))  # the same from any level of the candidate
+    nearest_of_best = np.empty(min(group_size, weights.size))
     for group in range(chosen.size):
         start = group * group_size
         count = min(group_size, weights.size - start)
@@ -226,9 +226,11 @@ def _settle_row(
     own: NDArray[np.float64],
     multiples: NDArray[np.uint8],
 ) -> None:
-    values = np.empty(group_size)
-    magnitudes = np.empty(group_size)
-    nearest = np.empty((2, group_size))  # distance from the nearest level, at the lower and the upper multiple
+    values = np.empty(min(group_size, weights.size))
+    magnitudes = np.empty(min(group_size, weights.size))
+    nearest = np.empty(
+        (2, min(group_size, weights.size))
+    )  # distance from the nearest level, at the lower and the upper multiple
     for group in range(chosen.size):
         start = group * group_size
         count = min(group_size, weights.size - start)
@@ -298,7 +300,7 @@ def _encode_row(
 ) -> None:
     ranks_in_all = code_of_rank.shape[1]
     limits = np.full(max(ranks_in_all, 4), np.float32(np.inf), dtype=np.float32)
-    ranks = np.empty(group_size, dtype=np.int32)
+    ranks = np.empty(min(group_size, weights.size), dtype=np.int32)
     for group in range(chosen.size):
         candidate = chosen[group]
         start = group * group_size

@@ -56,6 +56,9 @@ def fit_symmetric(weights: grid.Weights, format: Format) -> Parts:
         parts["scales"][:] = power_of_two_scales(largest, maximum)
     elif format.scale_type == "e4m3":
         parts["scales"][:], parts["tensor_scale"][0] = e4m3_scales(largest / maximum)
+        greatest = float(parts["tensor_scale"][0]) * float(_E4M3.maximum) * maximum
+        if greatest > float(np.finfo(np.float32).max):
+            raise InputError(f"a level of {greatest:.4g}; expected weights whose levels are FP32 numbers")
     else:
         parts["scales"][:] = half_scales(largest / maximum)
     return parts

@@ -141,6 +141,7 @@ class QuantizedTensor:
 
         Raises ``InputError`` where one is not a positive number.
         """
+        scales = scales.astype(np.float32)
         if scales.shape != (self.shape[1],) or not (np.isfinite(scales).all() and (scales > 0).all()):
             raise InputError(f"input scales {list(scales.shape)}: expected {self.shape[1]} positive numbers")
         return replace(self, parts={**self.parts, INPUT_SCALES: scales.astype(np.float32)})
@@ -199,5 +200,5 @@ def quantization_error(weights: Weights, quantized: QuantizedTensor) -> Quantiza
         difference = (exact - (quantized.dequantize(rows) if whole is None else whole[rows])).ravel()
         noise += float(difference @ difference)
         signal += float(exact.ravel() @ exact.ravel())
-    ratio = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal else -math.inf)
+    ratio = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf)
     return QuantizationError(mse=noise / weights.size, sqnr_db=ratio)

@@ -169,7 +169,7 @@ def group_errors(weights: Weights, bits: int, group_size: int | None, values: tu
 
     Every group, or ``GROUPS_PER_MATRIX`` spread evenly. A short last group is filled up with zeros, which cost nothing.
     """
-    size = group_size or weights.shape[1]
+    size = min(group_size or weights.shape[1], weights.shape[1])
     magnitudes = np.array([level for level in get_datatype(f"fp{bits}_e2m{bits - 3}").levels if level >= 0])
     in_row = -(-weights.shape[1] // size)
     chosen = np.unique(np.linspace(0, weights.shape[0] * in_row - 1, GROUPS_PER_MATRIX).astype(np.intp))

@@ -102,6 +102,8 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
         raise InputError(f"{place}: expected a name of lower-case letters, digits and underscores")
     if is_built_in(name) or name in RESERVED_NAMES:
         raise InputError(f"{place} comes with termwise; expected another name")
+    if name.startswith(("flint", "bitmod_")):
+        raise InputError(f"{place}: names that begin with flint or bitmod_ are termwise's; expected another name")
     try:
         definition = Definition.model_validate(table)
     except ValidationError as error:

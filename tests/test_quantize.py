@@ -358,3 +358,28 @@ def test_a_scale_beyond_fp16_is_refused() -> None:
         quantize(np.full((1, 2), 1e6, dtype=np.float32), get_format("int-w4"), name="layer")
     with pytest.raises(InputError, match="has no FP16 value"):
         quantize(np.full((1, 2), 1e6, dtype=np.float32), get_format("fp16"), name="layer")
+
+
+@pytest.mark.parametrize("name", ["int-w4", "int-asym-w4", "bitmod-w4", "olive-w4", "ant-w4", "mxfp4-w4"])
+def test_a_group_far_longer_than_the_row_is_the_row(name: str) -> None:
+    weights = heavy_tailed(2, 64, seed=1)
+    long = quantize(weights, f"{name}g999999998").dequantize()
+    np.testing.assert_array_equal(long, quantize(weights, f"{name}g64").dequantize())
+
+
+@pytest.mark.parametrize("name", ["int-w" + "1" * 5000, "int-w4g" + "9" * 5000, "int-w4a" + "1" * 5000])
+def test_a_name_of_thousands_of_digits_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="unknown format"):
+        get_format(name)
+
+
+@pytest.mark.parametrize("name", ["bitmod-w3", "fp8_e4m3-w8:scale=e4m3"])
+def test_levels_beyond_float32_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="expected weights whose levels are FP32 numbers"):
+        quantize(np.array([[np.finfo(np.float32).max]], dtype=np.float32), name)
+
+
+def test_a_row_too_small_for_a_scale_is_refused_and_not_made_zero() -> None:
+    for tiny in (1e-40, 1e-45):
+        with pytest.raises(InputError, match="a normal FP32 number"):
+            quantize(np.full((1, 8), tiny, dtype=np.float32), "bitmod-w4")

@@ -93,6 +93,7 @@ def test_a_definition_reads_back(name: str) -> None:
         ("[datatype.x]\nbits = 2\nlevels = [0, 1]\ncolour = 1", "colour: extra inputs are not permitted"),
         ("[datatype.X]\nbits = 2\nlevels = [0, 1]", "expected a name of lower-case letters"),
         ("[datatype.int4]\nbits = 4\nlevels = [0, 1]", "'int4' comes with termwise"),
+        ("[datatype.flint_x]\nbits = 4\nlevels = [0, 1]", "names that begin with flint or bitmod_"),
         ("[datatype.olive]\nbits = 4\nlevels = [0, 1]", "'olive' comes with termwise"),
         ("[datatype", "is no TOML"),
         ("datatype = 3", r"expected tables \[datatype.NAME\]"),
