@@ -107,7 +107,8 @@ class EmbeddingEvaluator(LoadedModel):
             yield indices, tokens, mask
             order = order[len(indices) :]
 
-    def _sequences(self) -> list[NDArray[np.int64]]:
+    def sequences(self) -> list[NDArray[np.int64]]:
+        """The text as the model reads it: int64 [tokens] each."""
         return self._documents
 
     def _forward(self, tokens: Any) -> Any:

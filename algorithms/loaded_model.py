@@ -7,7 +7,7 @@ their ``forward`` changes the input. Layers with the same input (queries, keys a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -98,13 +98,13 @@ class LoadedModel:
                 hook = _Observer(name, observer)
                 handle = self._module.get_submodule(name).register_forward_pre_hook(hook, prepend=True)
                 stack.callback(handle.remove)
-            for sequence in self._sequences():
+            for sequence in self.sequences():
                 if tokens is not None and read >= tokens:
                     break
                 self._forward(torch.from_numpy(sequence)[None])
                 read += len(sequence)
 
-    def _sequences(self) -> Iterable[NDArray[np.int64]]:
+    def sequences(self) -> Sequence[NDArray[np.int64]]:
         """The text as the model reads it: int64 [tokens] each."""
         raise NotImplementedError
 

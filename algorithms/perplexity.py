@@ -86,7 +86,8 @@ class Evaluator(LoadedModel):
         super().restore()
         self._cache_format = None
 
-    def _sequences(self) -> list[NDArray[np.int64]]:
+    def sequences(self) -> list[NDArray[np.int64]]:
+        """The text as the model reads it: int64 [tokens] each."""
         return self._windows
 
     def _forward(self, tokens: Any) -> Any:

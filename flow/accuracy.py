@@ -14,7 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from termwise.algorithms.errors import InputError
+from termwise.algorithms.calibration import MAXIMUM_WINDOWS
+from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.files import write_text
 from termwise.algorithms.formats import BLOCK_GROUPS, Format, format_names, get_format
 from termwise.algorithms.models import Model
@@ -31,13 +32,7 @@ if TYPE_CHECKING:
 Table = Literal["weights", "activations", "cache"]
 
 GROUPS: Final = (128, 64, 32)
-METHODS: Final = ("none", "awq", "gptq")
-CALIBRATED: Final = (
-    *(f"{family}-w{bits}" for family in ("int", "int-asym") for bits in (4, 3, 2)),
-    *("bitmod-w4", "bitmod-w3", "ant-w4", "ant-w3", "olive-w4", "fp4_e2m1-w4", "nf4-w4", "mxfp4", "nvfp4", "gobo-w3"),
-)
-"""Formats that are also calibrated, without their groups: the 4-bit ones and below, where it matters."""
-
+METHODS: Final = ("none", "gptq")
 ACTIVATIONS: Final = (
     *("int-w8a8", "int-w4a8g128", "int-w4a4g128", "bitmod-w4a8g128", "bitmod-w3a8g128", "olive-w8a8", "olive-w4a4"),
     *("ant-w8a8", "ant-w4a4", "mxfp8_e4m3-w8a8", "mxfp4-w4a8", "mxfp4-w4a4", "nvfp4-w4a4"),
@@ -50,9 +45,6 @@ CACHES: Final = (
     *(f"kv:keys=int-asym-w{bits}@token,values=int-asym-w{bits}@token" for bits in (8, 4, 3, 2)),
     *("kv:int-w4g32", "kv:bitmod-w4g32", "kv:bitmod-w3g32", "kv:ant-w4g32", "kv:fp6_e2m3-w6g32"),
 )
-
-WIDE_BITS: Final = 6
-"""Formats of so many bits or more are measured in one group size unless they are named."""
 
 PAPER_COLUMNS: Final = tuple(
     f"{model}, {text}"
@@ -118,6 +110,7 @@ class Plan:
         model: a language model or an encoder of sentences.
         text: what the score is measured on.
         calibration: text for calibrated methods and static scales of activations; None leaves these out.
+        calibration_windows: windows of it that are read at most.
         measurements: in the order of the report.
         skipped: measurements that are left out, with the reason.
     """
@@ -125,6 +118,7 @@ class Plan:
     model: Model
     text: Text
     calibration: Text | None
+    calibration_windows: int
     measurements: tuple[Measurement, ...]
     skipped: tuple[tuple[Measurement, str], ...] = field(default=())
 
@@ -143,11 +137,6 @@ def with_groups(name: str, groups: Sequence[int]) -> list[str]:
     return [*whole, *(f"{name}g{group}" for group in groups)]
 
 
-def _is_wide(format: Format, usual_group: int) -> bool:
-    """Whether ``format`` loses so little that one group size tells it all."""
-    return format.weight_bits >= WIDE_BITS and _without_group(format)[1] not in (str(usual_group), "own", "row")
-
-
 def plan_accuracy(
     model: Model,
     text: Text,
@@ -156,7 +145,7 @@ def plan_accuracy(
     formats: Sequence[str] = (),
     groups: Sequence[int] = GROUPS,
     methods: Sequence[str] = METHODS,
-    calibrated_groups: Sequence[int] | None = None,
+    calibration_windows: int = MAXIMUM_WINDOWS,
 ) -> Plan:
     """What to measure of ``model``: by default every format and width in all ``groups``.
 
@@ -167,7 +156,7 @@ def plan_accuracy(
         formats: names without a group, or with one, in the place of all.
         groups: sizes of groups.
         methods: of calibration, ``none`` among them.
-        calibrated_groups: sizes with which formats are calibrated; None: all ``groups``.
+        calibration_windows: windows of the calibration text that are read at most.
 
     Raises ``InputError`` for a model that cannot be run, and for unknown names.
     """
@@ -184,21 +173,13 @@ def plan_accuracy(
         raise InputError(f"{calibration.name} and {text.name} share a document; expected another calibration text")
     measurements: list[Measurement] = []
     skipped: list[tuple[Measurement, str]] = []
-    inner = groups if calibrated_groups is None else calibrated_groups
-    calibrated = {get_format(name).name for base in CALIBRATED for name in with_groups(base, inner)}
     for method in methods:
         for name in dict.fromkeys(weights):
             entry = Measurement(table="weights", format=name, method=method)
-            if not formats and _is_wide(get_format(name), groups[0]):
-                skipped.append((entry, f"not run: from {WIDE_BITS} bits on only groups of {groups[0]}"))
-            elif method == "none":
-                measurements.append(entry)
-            elif calibration is None:
-                skipped.append((entry, "no calibration text"))
-            elif formats or name in calibrated:
+            if method == "none" or calibration is not None:
                 measurements.append(entry)
             else:
-                skipped.append((entry, "not run: calibration was measured where it matters most"))
+                skipped.append((entry, "no calibration text"))
     if not formats:
         for name in ACTIVATIONS:
             measurements.append(Measurement(table="activations", format=get_format(name).name))
@@ -210,6 +191,7 @@ def plan_accuracy(
         model=model,
         text=text,
         calibration=calibration,
+        calibration_windows=calibration_windows,
         measurements=tuple(measurements),
         skipped=tuple(skipped),
     )
@@ -223,6 +205,7 @@ def _inputs(plan: Plan, entry: Measurement) -> dict[str, Any]:
         "model": plan.model.digest,
         "text": plan.text.digest,
         "calibration_text": plan.calibration.digest if calibrated and plan.calibration is not None else None,
+        "calibration_windows": plan.calibration_windows if calibrated else None,
         "format": entry.format,
         "method": entry.method,
         "cache": entry.cache,
@@ -277,7 +260,7 @@ def _measured(plan: Plan, entry: Measurement, evaluator: AnyEvaluator, command: 
     fields: dict[str, Any] = {"kind": "quality", "inputs": _inputs(plan, entry), "command": command}
     try:
         return Record(**fields, status="done", outputs=_outputs(plan, entry, evaluator))
-    except InputError as error:
+    except TermwiseError as error:  # the format, or what the model makes of it
         return Record(**fields, status="skipped", reason=str(error))
     except Exception as error:  # whatever it is, the other measurements do not depend on it
         return Record(**fields, status="failed", error=f"{type(error).__name__}: {error}")
@@ -300,11 +283,19 @@ def _outputs(plan: Plan, entry: Measurement, evaluator: AnyEvaluator) -> dict[st
             evaluator.restore()
         attention = plan.model.shape.attention
         bits = None if attention is None else cache.bits_per_value(evaluator.window_tokens, attention.head_size)
-        return {"score": value, "bits": bits, "sqnr_db": None, "output_error": None}
+        finite = math.isfinite(value)
+        reason = None if finite else "the perplexity is not a finite number"
+        return {
+            "score": value if finite else None,
+            "score_reason": reason,
+            "bits": bits,
+            "sqnr_db": None,
+            "output_error": None,
+        }
     calibration = None
     if plan.calibration is not None:
         method = None if entry.method == "none" else get_method(entry.method)
-        calibration = Calibration(text=plan.calibration, method=method)
+        calibration = Calibration(text=plan.calibration, method=method, windows=plan.calibration_windows)
     found = evaluate(plan.model, get_format(entry.format), evaluator, calibration=calibration)
     errors = [layer.output_error for layer in found.quality.layers if layer.output_error is not None]
     return {
@@ -345,18 +336,22 @@ def order_agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> t
     return total / len(pairs) if pairs else math.nan, disagreeing
 
 
-def document_of(plan: Plan, results: Sequence[Result], original: float, command: str) -> dict[str, Any]:
-    """All results, ready for JSON."""
+def document_of(plan: Plan, results: Sequence[Result], evaluator: AnyEvaluator, command: str) -> dict[str, Any]:
+    """All results, ready for JSON, with the score of the model's own weights, which ``evaluator`` has in place."""
     return {
         "command": command,
         "model": plan.model.name,
         "model_digest": plan.model.digest,
         "score": plan.score_name,
-        "original_score": original,
-        "text": {"name": plan.text.name, "digest": plan.text.digest},
+        "original_score": score(evaluator),
+        "text": {"name": plan.text.name, "digest": plan.text.digest, **_read(evaluator)},
         "calibration_text": None
         if plan.calibration is None
-        else {"name": plan.calibration.name, "digest": plan.calibration.digest},
+        else {
+            "name": plan.calibration.name,
+            "digest": plan.calibration.digest,
+            "maximum_windows": plan.calibration_windows,
+        },
         "results": [
             {
                 "table": result.measurement.table,
@@ -372,6 +367,13 @@ def document_of(plan: Plan, results: Sequence[Result], original: float, command:
             for result in results
         ],
     }
+
+
+def _read(evaluator: AnyEvaluator) -> dict[str, int]:
+    """How much of the text the score is over."""
+    sequences = evaluator.sequences()
+    tokens = sum(len(sequence) for sequence in sequences)
+    return {"sequences": len(sequences), "tokens": tokens, "window_tokens": evaluator.window_tokens}
 
 
 def write_accuracy(document: Mapping[str, Any], folder: Path) -> None:
@@ -398,13 +400,19 @@ def report_text(document: Mapping[str, Any]) -> str:
     better = "higher is better, 1 is no loss" if encoder else "lower is better"
     lines += [
         f"Score: {kind} on {document['text']['name']} ({better}). With the model's own weights: "
-        f"**{number(document['original_score'], 5)}**. Every linear layer is quantized, the head among them. Bits are "
+        f"**{number(document['original_score'], 5)}**, over {document['text']['tokens']:,} tokens in "
+        f"{document['text']['sequences']:,} sequences of at most {document['text']['window_tokens']:,}. "
+        "Every linear layer is quantized, the head among them. Bits are "
         "per weight (of a cache per value), counted from the packed bytes with scales and selectors. A group larger "
         "than a row is the row; the last group of a row may be short.",
         "",
     ]
     if document["calibration_text"] is not None:
-        lines += [f"Calibration text: {document['calibration_text']['name']}, which shares no document with it.", ""]
+        lines += [
+            f"Calibration text: {document['calibration_text']['name']}, which shares no document with it; at most "
+            f"{document['calibration_text']['maximum_windows']} windows, spread evenly over it.",
+            "",
+        ]
     lines += ["![score against bits per weight](accuracy.png)", ""]
     lines += _weights_section(results)
     lines += _comparison_section(document)

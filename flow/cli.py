@@ -110,6 +110,15 @@ _text_option = click.option(
 )
 
 
+_windows_option = click.option(
+    "--calibration-windows",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Windows of the calibration text that are read at most, spread evenly over it.",
+)
+
+
 @click.group(cls=_Commands, name="termwise", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="termwise", message="termwise %(version)s")
 @click.option(
@@ -230,6 +239,7 @@ def _levels(levels: Sequence[float]) -> str:
     type=click.Path(path_type=Path),
     help="UTF-8 text on which output errors are measured, and calibrated.  [default for tiny: its training topics]",
 )
+@_windows_option
 @click.option("--kv-cache", "cache_name", metavar="CACHE", help="Format of keys and values: int-asym-w4g32, ...")
 @click.option("--compat", metavar="authors-fp16", help="BitMoD's selection in the arithmetic of its authors' script.")
 @click.option("--no-score", is_flag=True, help="Neither perplexity nor cosine: the model is not run.")
@@ -244,6 +254,7 @@ def quantize(
     assignment: Path | None,
     method_name: str | None,
     calibration_file: Path | None,
+    calibration_windows: int,
     cache_name: str | None,
     compat: str | None,
     no_score: bool,
@@ -300,7 +311,7 @@ def quantize(
         formats=formats,
         text=text if reason is None else None,
         no_score_reason=reason,
-        calibration=_calibration(opened, method_name, calibration_file),
+        calibration=_calibration(opened, method_name, calibration_file, calibration_windows),
         cache=cache,
         out=out,
         report=report,
@@ -477,11 +488,11 @@ def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bo
     "--format", "formats", multiple=True, metavar="FORMAT", help="In the place of all; without a group, in all."
 )
 @click.option("--groups", default="128,64,32", show_default=True, help="Sizes of groups.")
-@click.option("--methods", default="none,awq,gptq", show_default=True, help="Methods of calibration.")
-@click.option("--calibrated-groups", help="Sizes of groups with which formats are calibrated.  [default: all]")
+@click.option("--methods", default="none,gptq", show_default=True, help="Methods of calibration.")
 @click.option(
     "--calibration-text", "calibration_file", type=click.Path(path_type=Path), help="Text for the calibration."
 )
+@_windows_option
 @click.option(
     "--paragraphs", type=click.IntRange(min=1), help="Read so many paragraphs of 200 characters of each text."
 )
@@ -495,8 +506,8 @@ def accuracy(
     formats: tuple[str, ...],
     groups: str,
     methods: str,
-    calibrated_groups: str | None,
     calibration_file: Path | None,
+    calibration_windows: int,
     paragraphs: int | None,
     only_measured: bool,
     out: Path | None,
@@ -508,8 +519,8 @@ def accuracy(
     What is finished is kept under runs/accuracy: the same command goes on where it was stopped.
     """
     from termwise.algorithms import embeddings
+    from termwise.algorithms.calibration import MAXIMUM_WINDOWS
     from termwise.flow.accuracy import document_of, measure, plan_accuracy, report_text, write_accuracy
-    from termwise.flow.quality import score
     from termwise.flow.quantization import load_evaluator
     from termwise.flow.subject import open_text
 
@@ -528,16 +539,16 @@ def accuracy(
         formats=formats,
         groups=_numbers(groups, "--groups"),
         methods=methods.split(","),
-        calibrated_groups=None if calibrated_groups is None else _numbers(calibrated_groups, "--calibrated-groups"),
+        calibration_windows=calibration_windows,
     )
     out = out or Path("reports/accuracy") / opened.name.replace("/", "-")
     command = ["termwise", "accuracy", model]
     command += [part for name in formats for part in ("--format", name)]
     for option, value, usual in (
         ("--groups", groups, "128,64,32"),
-        ("--methods", methods, "none,awq,gptq"),
-        ("--calibrated-groups", calibrated_groups, None),
+        ("--methods", methods, "none,gptq"),
         ("--calibration-text", calibration_file, None),
+        ("--calibration-windows", calibration_windows, MAXIMUM_WINDOWS),
         ("--paragraphs", paragraphs, None),
         ("--text", text_file, None),
     ):
@@ -551,7 +562,7 @@ def accuracy(
     results = measure(
         plan, Path("runs/accuracy") / out.name, command=told, warn=console.warn, wrap=wrap, only_measured=only_measured
     )
-    document = document_of(plan, results, score(load_evaluator(opened, text)), told)
+    document = document_of(plan, results, load_evaluator(opened, text), told)
     write_accuracy(document, out)
     if as_json:
         console.print_json(document)
@@ -592,15 +603,19 @@ def _steps() -> Iterator[Callable[[str, int, int], None]]:
         yield told
 
 
-def _calibration(model: Model, method_name: str | None, file: Path | None) -> Calibration | None:
+def _calibration(
+    model: Model, method_name: str | None, file: Path | None, windows: int | None = None
+) -> Calibration | None:
     """What is measured before a quantization: with a text of the user's at least the errors of the layers' outputs.
 
     Raises ``InputError`` for a method without a text.
     """
     from termwise.algorithms.calibrated import RoundToNearest
+    from termwise.algorithms.calibration import MAXIMUM_WINDOWS
     from termwise.algorithms.text import read_text
     from termwise.flow.quality import Calibration, default_calibration
 
+    windows = MAXIMUM_WINDOWS if windows is None else windows
     method = None
     if method_name is not None:
         from termwise.algorithms.calibrated import get_method
@@ -608,9 +623,9 @@ def _calibration(model: Model, method_name: str | None, file: Path | None) -> Ca
         method = get_method(method_name)
     usual = default_calibration(model)
     if file is not None:
-        return Calibration(text=read_text(file), method=method or RoundToNearest())
+        return Calibration(text=read_text(file), method=method or RoundToNearest(), windows=windows)
     if usual is not None:
-        return Calibration(text=usual.text, method=method)
+        return Calibration(text=usual.text, method=method, windows=windows)
     if method is not None:
         raise InputError(f"--calibrate {method.name} reads a text; expected --calibration-text FILE")
     return None

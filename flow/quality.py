@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from termwise.algorithms.calibration import MAXIMUM_WINDOWS
 from termwise.algorithms.datatypes import special_value
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import FREE, Format
@@ -40,10 +41,14 @@ ACTIVATION_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What is measured before quantization: on ``text``, and how that is used (``method``; None: only activations)."""
+    """What is measured before quantization: on ``text``, and how that is used (``method``; None: only activations).
+
+    The method reads at most ``windows`` windows of the text, spread evenly over it.
+    """
 
     text: Text
     method: CalibrationMethod | None = None
+    windows: int = MAXIMUM_WINDOWS
 
 
 def default_calibration(model: Model) -> Calibration | None:
@@ -262,7 +267,15 @@ def _layers(
         tensor = done(name)
         if tensor is not None:
             yield name, tensor, None
-    calibrated = quantize_calibrated(model, formats, calibration.text, calibration.method, on_layer=told, done=done)
+    calibrated = quantize_calibrated(
+        model,
+        formats,
+        calibration.text,
+        calibration.method,
+        on_layer=told,
+        done=done,
+        maximum_windows=calibration.windows,
+    )
     for name, tensor in calibrated:
         yield name, tensor, errors[name]
 

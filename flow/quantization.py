@@ -108,6 +108,7 @@ def quantize_model(
             settings = {"calibration_method": request.method or "none"}
             if request.method is not None and request.calibration is not None:
                 settings["calibration_text"] = request.calibration.text.digest
+                settings["calibration_windows"] = str(request.calibration.windows)
             writer = stack.enter_context(PackedModelWriter(model, request.formats, request.out, settings))
         if text is not None:
             say(f"{measure} of {model.name} on {text.name}")
