@@ -11,7 +11,8 @@ the block formats), the same ties, the same codes. How a scale is found depends 
 | the same; scales in E4M3: NVFP4        | nvfp4                                    | one per 16 channels, dynamic,    |
 |                                        |                                          | under a static one of the tensor |
 | olive                                  | outlier-victim pairs along the channels  | one per tensor, static           |
-| ant                                    | the type of option ``types`` that fits   | one per tensor, static           |
+| ant                                    | the type of option ``types`` that fits,  | one per tensor, static           |
+|                                        | of those that have the width             |                                  |
 
 Dynamic: from the token itself, as it comes. Static: from a text for calibration, read once by the model as it is, and
 fixed from then on (as OliVe section 3 and ANT section IV have it). A bounded random sample of the tokens at each
@@ -28,7 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.formats import ANT_TYPES, Format, get_format
 from termwise.algorithms.loaded_model import ActivationQuantizer, Float32, LoadedModel
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 
@@ -36,8 +37,6 @@ SAMPLE_VALUES = 1 << 17
 """Values of a layer's sample: 512 KiB in float32."""
 
 _MX = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
-_OPTIONS = {"olive": ("outlier",), "ant": ("types",)}
-"""Options of a format's weights that hold for its activations, too, where their width has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +137,16 @@ def activation_format(format: Format) -> Format | None:
         return get_format("nvfp4")
     if format.family not in ("olive", "ant"):
         return get_format(f"int-w{bits}")
-    kept = "".join(
-        f":{key}={value}"
-        for key, value in format.options
-        if key in _OPTIONS[format.family] and bits == format.weight_bits
-    )
-    return get_format(f"{format.family}-w{bits}{kept}")
+    kept = []
+    for key, value in format.options:
+        if key == "types":
+            kinds = [kind for kind in value.split(",") if bits in ANT_TYPES[kind]]
+            if not kinds:
+                raise InputError(f"{format.name}: none of {value} has {bits}-bit activations; expected int or flint")
+            kept.append(f":types={','.join(kinds)}")
+        elif key == "outlier" and bits == format.weight_bits:
+            kept.append(f":outlier={value}")
+    return get_format(f"{format.family}-w{bits}{''.join(kept)}")
 
 
 def needs_calibration(format: Format) -> bool:
@@ -190,7 +193,7 @@ class DynamicQuantizer:
 
     def __call__(self, activations: Float32) -> Float32:
         """Nearest values; see ``ActivationQuantizer``. Raises ``InputError`` as ``quantize`` does."""
-        return quantize(activations, self.format).dequantize()
+        return quantize(activations, self.format, name="activations").dequantize()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +212,7 @@ class LimitedQuantizer:
         limited = np.clip(activations, -limit, limit)
         # A row that holds the limit makes it the largest magnitude of the matrix, whatever the tokens are.
         with_limit = np.concatenate([limited, np.full((1, limited.shape[1]), limit, dtype=np.float32)])
-        return quantize(with_limit, self.format).dequantize(slice(0, len(limited)))
+        return quantize(with_limit, self.format, name="activations").dequantize(slice(0, len(limited)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,13 @@ class DataType:
         levels = [numerator for numerator in self.numerators if numerator is not None]
         if len(set(levels)) != len(levels):
             raise ValueError(f"{self.name}: two codes stand for one level; mark one of them as no level (None)")
+        # One object for every NaN: dictionaries compare by identity first, so that equal types are equal.
+        others = {code: math.nan if math.isnan(value) else value for code, value in self.other_values.items()}
+        object.__setattr__(self, "other_values", others)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew by its fields, so that a copy from another process equals this one."""
+        return type(self), tuple(getattr(self, entry.name) for entry in fields(self))
 
     @cached_property
     def sorted_codes(self) -> tuple[int, ...]:

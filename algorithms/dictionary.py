@@ -58,7 +58,7 @@ def centroids(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     edges = np.linspace(0, values.size, count + 1).round().astype(np.intp)
-    best = current = np.sort(_means(sums, edges, np.full(count, values[values.size // 2])))
+    best = current = np.sort(_means(values, sums, edges, np.full(count, values[values.size // 2])))
     least = np.inf
     for _ in range(MOST_STEPS):
         edges = np.concatenate([[0], np.searchsorted(values, _last_below(current), side="right"), [values.size]])
@@ -66,7 +66,7 @@ def centroids(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
         if error >= least:
             break
         least, best = error, current
-        current = _means(sums, edges, current)
+        current = _means(values, sums, edges, current)
     return best
 
 
@@ -78,10 +78,18 @@ def _last_below(current: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(rounded > middles, np.nextafter(rounded, np.float32(-np.inf)), rounded)
 
 
-def _means(sums: NDArray[np.float64], edges: NDArray[np.intp], empty: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of every bin between ``edges``, from the running ``sums``; of an empty one what ``empty`` says."""
+def _means(
+    values: NDArray[np.float32], sums: NDArray[np.float64], edges: NDArray[np.intp], empty: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Mean of every bin of the sorted ``values`` between ``edges``, from their running ``sums``.
+
+    Of an empty bin it is what ``empty`` says. A mean lies within its bin, also where small values are lost in the sums.
+    """
     counts = np.diff(edges)
-    return np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), empty).astype(np.float32)
+    first = values[np.minimum(edges[:-1], values.size - 1)]
+    last = values[np.maximum(edges[1:] - 1, 0)]
+    means = np.diff(sums[edges]) / np.maximum(counts, 1)
+    return np.where(counts > 0, np.minimum(np.maximum(means, first), last), empty).astype(np.float32)
 
 
 def _absolute_error(

@@ -90,6 +90,8 @@ class QuantizedTensor:
     @property
     def codes(self) -> NDArray[np.uint8]:
         """Code of every weight, uint8 [outputs, inputs]."""
+        if self.format.family == "fp16":
+            raise ValueError("fp16 weights have no codes")
         stored = self._codes(slice(None))
         return stored.T if self.format.groups_along_outputs else stored
 
@@ -122,8 +124,17 @@ class QuantizedTensor:
         Scales and data types stay. ``start`` and k are multiples of ``column_step``, or k reaches the last column.
 
         Returns: codes, uint8 [outputs, k], and their values without the input scales, float32 [outputs, k].
+
+        Raises ``ValueError`` for columns that are not there, or that part a pair.
         """
+        outputs, inputs = self.shape
         part = slice(start, start + weights.shape[1])
+        whole = start % self.column_step == 0 and (part.stop % self.column_step == 0 or part.stop == inputs)
+        if weights.shape[0] != outputs or not 0 <= start < part.stop <= inputs or not whole:
+            raise ValueError(
+                f"weights {list(weights.shape)} from column {start} on; expected {outputs} rows, and columns of a "
+                f"matrix {list(self.shape)} in steps of {self.column_step}"
+            )
         if self.format.groups_along_outputs:
             turned = np.ascontiguousarray(weights.T)
             codes = self.coder.encode(turned, part)
@@ -132,7 +143,15 @@ class QuantizedTensor:
         return codes, self.coder.decode(codes, columns=part)
 
     def with_codes(self, codes: NDArray[np.uint8]) -> QuantizedTensor:
-        """The same scales and data types with other ``codes``, uint8 [outputs, inputs]."""
+        """The same scales and data types with other ``codes``, uint8 [outputs, inputs].
+
+        Raises ``ValueError`` for another shape or type, or a code that is wider than the format's.
+        """
+        if codes.shape != self.shape or codes.dtype != np.uint8 or int(codes.max()) >> self.format.weight_bits:
+            raise ValueError(
+                f"codes {list(codes.shape)}, {codes.dtype}; expected uint8 {list(self.shape)} of "
+                f"{self.format.weight_bits} bits"
+            )
         stored = np.ascontiguousarray(codes.T if self.format.groups_along_outputs else codes)
         return replace(self, parts={**self.parts, "codes": pack(stored, self.format.weight_bits)})
 
@@ -173,7 +192,8 @@ def quantize(weights: Weights, format: Format | str, *, name: str = "weights") -
     try:
         parts = _pack(stored, format.along_inputs)
     except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+        turned = " (transposed: a row is an input)" if format.groups_along_outputs else ""
+        raise InputError(f"{name}{turned}: {error}") from None
     return QuantizedTensor(format=format, shape=(weights.shape[0], weights.shape[1]), parts=parts)
 
 
