@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ class DataType:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Made anew by its fields, so that a copy from another process equals this one."""
-        return type(self), tuple(getattr(self, entry.name) for entry in fields(self))
+        return partial(type(self), **{entry.name: getattr(self, entry.name) for entry in fields(self)}), ()
 
     @cached_property
     def sorted_codes(self) -> tuple[int, ...]:

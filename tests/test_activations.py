@@ -63,6 +63,8 @@ def quantizer_of(name: str) -> ActivationQuantizer:
         ("olive-w8a8:outlier=e2m5", "olive-w8:outlier=e2m5"),
         ("olive-w8a4:outlier=e2m5", "olive-w4"),
         ("ant-w4a4g64:types=int,pot", "ant-w4:types=int,pot"),
+        ("ant-w4a8:types=int", "ant-w8:types=int"),
+        ("ant-w4a8:types=pot,flint", "ant-w8:types=flint"),
         ("mxfp4-w4a4", "mxfp4"),
         ("mxfp4-w4a6", "mxfp6_e2m3"),
         ("mxint8-w8a8", "mxfp8_e4m3"),
@@ -72,6 +74,16 @@ def quantizer_of(name: str) -> ActivationQuantizer:
 def test_the_weights_say_what_activations_become(name: str, expected: str | None) -> None:
     found = activation_format(get_format(name))
     assert (None if found is None else found.name) == expected
+
+
+def test_a_format_none_of_whose_types_has_the_width_of_its_activations_is_refused() -> None:
+    with pytest.raises(InputError, match="none of pot has 8-bit activations"):
+        activation_format(get_format("ant-w4a8:types=pot"))
+
+
+def test_activations_that_are_not_finite_are_called_activations() -> None:
+    with pytest.raises(InputError, match=r"^activations: 1 NaN or infinite"):
+        quantizer_of("int-w4a8g128")(np.array([[1.0, np.nan]], dtype=np.float32))
 
 
 def test_activations_in_floating_point_are_left_alone() -> None:

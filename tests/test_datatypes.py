@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
@@ -245,6 +246,9 @@ class TestEveryType:
     def test_terms_suffice_for_every_level(self, datatype: DataType) -> None:
         least = max(signed_digit_weight(numerator) for numerator in datatype.sorted_numerators)
         assert datatype.terms >= least
+
+    def test_a_copy_from_another_process_is_equal(self, datatype: DataType) -> None:
+        assert pickle.loads(pickle.dumps(datatype)) == datatype
 
     def test_a_source_is_named(self, datatype: DataType) -> None:
         assert datatype.source

@@ -178,3 +178,11 @@ def test_outliers_of_real_attention_are_few(shared: Path) -> None:
         _, reach = dictionary.gaussian_limits(weights, -4)
         outliers = np.count_nonzero(np.abs(weights.astype(np.float64) - weights.mean(dtype=np.float64)) > reach)
         assert 0 < outliers < 0.03 * weights.size
+
+
+def test_small_centroids_lie_among_their_weights_beside_huge_ones() -> None:
+    small = np.linspace(1e-6, 2e-6, 64, dtype=np.float32)
+    weights = np.concatenate([small, np.full(64, -3e30, np.float32), np.full(64, 3e30, np.float32)]).reshape(1, -1)
+    values = quantize(weights, "gobo-w3:threshold=-1e9").dequantize()[0, :64]
+    assert (values >= small[0]).all()
+    assert (values <= small[-1]).all()

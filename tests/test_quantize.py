@@ -151,7 +151,7 @@ class TestEveryFormat:
     def test_a_weight_that_is_not_finite_is_refused(self, name: str, bad: float) -> None:
         weights = np.ones((100, 100), dtype=np.float16)
         weights[70, 3] = bad
-        with pytest.raises(InputError, match=r"layer\.7: 1 NaN or infinite weights in rows 0 to 99"):
+        with pytest.raises(InputError, match=r"layer\.7.*: 1 NaN or infinite weights in rows 0 to 99"):
             quantize(weights, get_format(name), name="layer.7")
 
 
@@ -383,3 +383,33 @@ def test_a_row_too_small_for_a_scale_is_refused_and_not_made_zero() -> None:
     for tiny in (1e-40, 1e-45):
         with pytest.raises(InputError, match="a normal FP32 number"):
             quantize(np.full((1, 8), tiny, dtype=np.float32), "bitmod-w4")
+
+
+class TestReplacedCodes:
+    """What calibration writes in the place of the codes is checked."""
+
+    weights = heavy_tailed(4, 32, seed=1)
+
+    def test_floating_point_has_no_codes(self) -> None:
+        with pytest.raises(ValueError, match="fp16 weights have no codes"):
+            _ = quantize(self.weights, "fp16").codes
+
+    @pytest.mark.parametrize(("start", "columns"), [(1, 2), (0, 3), (-2, 2), (31, 2), (0, 0)])
+    def test_columns_that_part_a_pair_or_are_not_there_are_refused(self, start: int, columns: int) -> None:
+        with pytest.raises(ValueError, match="in steps of 2"):
+            quantize(self.weights, "olive-w4").round_columns(start, np.zeros((4, columns), dtype=np.float32))
+
+    @pytest.mark.parametrize(
+        "codes",
+        [np.zeros((4, 31), np.uint8), np.zeros((4, 32), np.int64), np.full((4, 32), 16, np.uint8)],
+    )
+    def test_codes_of_another_shape_type_or_width_are_refused(self, codes: NDArray[np.uint8]) -> None:
+        with pytest.raises(ValueError, match=r"expected uint8 \[4, 32\] of 4 bits"):
+            quantize(self.weights, "int-w4g32").with_codes(codes)
+
+
+def test_a_transposed_matrix_is_named_as_such() -> None:
+    weights = np.ones((3, 64), dtype=np.float16)
+    weights[1, 5] = np.nan
+    with pytest.raises(InputError, match=r"layer \(transposed: a row is an input\): 1 NaN"):
+        quantize(weights, "int-w4g16:axis=output", name="layer")
