@@ -26,14 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms import grid
-from termwise.algorithms.datatypes import DataType
-from termwise.algorithms.errors import InputError
+from termwise.algorithms.datatypes import DataType, common_unit
+from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
 from termwise.algorithms.packing import pack, unpack
@@ -49,19 +49,55 @@ SCALE_MAX = 127
 """Largest quantized group scale (BitMoD Equation 1: symmetric 8 bits)."""
 
 
+FIXED_POINT_TERMS = 2
+"""Terms of a weight that is no integer."""
+
+Numerics = Literal["paper", "exact", "shared_exponent"]
+PartialSumRounding = Literal["truncate", "nearest_even"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BitSerialSpec:
     """A PE of 4 lanes that takes one term, a signed power of two, of 4 weights per cycle (BitMoD section IV).
 
-    Activations are FP16. Integers of up to 8 bits arrive as radix-4 Booth digits; other types as at most
-    ``fixed_point_terms`` signed powers of two of a fixed-point number of ``fixed_point_bits`` magnitude bits
-    (I3 I2 I1 I0 . F0). A zero point is part of the integer: code - zero point has one bit more.
+    Activations are FP16. Integers of up to 8 bits arrive as radix-4 Booth digits; other types as two signed powers of
+    two of a fixed-point number of ``fixed_point_bits`` magnitude bits (I3 I2 I1 I0 . F0). A zero point is part of the
+    integer: code - zero point has one bit more. ``docs/microarchitecture.md``, section 2.3, defines every bit.
+
+    Attributes:
+        lanes: weights of a step.
+        fixed_point_bits: magnitude bits of a weight that is no integer.
+        numerics: ``paper`` aligns and truncates as published, ``exact`` loses nothing within a group,
+            ``shared_exponent`` aligns a group's activations once to one exponent.
+        align_bits: magnitude bits of an aligned activation, 4 to 24.
+        accumulator_bits: bits of the signed group accumulator of ``paper``, 8 to 28.
+        rounding: of everything that is shifted out: ``truncate`` (magnitudes towards zero, sums towards minus
+            infinity) or ``nearest_even``.
+
+    Raises ``InputError`` for widths that cannot be built.
     """
 
     kind: ClassVar[str] = "bit_serial"
     lanes: int = 4
     fixed_point_bits: int = 5
-    fixed_point_terms: int = 2
+    numerics: Numerics = "paper"
+    align_bits: int = 14
+    accumulator_bits: int = 15
+    rounding: PartialSumRounding = "truncate"
+
+    def __post_init__(self) -> None:
+        for field, least, most in (
+            ("lanes", 1, 16),
+            ("fixed_point_bits", 3, 8),
+            ("align_bits", 4, 24),
+            ("accumulator_bits", 8, 28),
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise InputError(f"the bit-serial PE has {field} = {value!r}; expected {least} to {most}")
+        for field, accepted in (("numerics", get_args(Numerics)), ("rounding", get_args(PartialSumRounding))):
+            if getattr(self, field) not in accepted:
+                raise unknown_name(f"{field} of the bit-serial PE", getattr(self, field), accepted)
 
     def cycles_per_step(self, weights: Format) -> int:
         """Terms of the widest data type of the format: 4 for INT8, 3 for INT6 and INT5, 2 for BitMoD's types.
@@ -87,19 +123,13 @@ class BitSerialSpec:
         """Terms, hence cycles, of a dot-product step of ``datatype``. Raises ``UnsupportedFormatError``."""
         if datatype.integer and datatype.bits <= 8:
             return datatype.terms
-        magnitudes = np.abs(datatype.sorted_numerators)
-        least_bit = int(np.bitwise_or.reduce(magnitudes))
-        shift = (least_bit & -least_bit).bit_length() - 1
-        if (datatype.max_numerator >> shift).bit_length() > self.fixed_point_bits:
-            raise UnsupportedFormatError(
-                f"the bit-serial PE (BitMoD) has {self.fixed_point_bits} magnitude bits; {datatype.name} spans more"
-            )
-        if datatype.terms > self.fixed_point_terms:
-            raise UnsupportedFormatError(
-                f"the bit-serial PE (BitMoD) takes {self.fixed_point_terms} terms; "
-                f"{datatype.name} needs {datatype.terms}"
-            )
-        return self.fixed_point_terms
+        unit = common_unit((datatype,))
+        try:
+            for numerator in datatype.sorted_numerators:
+                fixed_point_digits(numerator // unit, self.fixed_point_bits)
+        except UnsupportedFormatError as error:
+            raise UnsupportedFormatError(f"the bit-serial PE (BitMoD) does not take {datatype.name}: {error}") from None
+        return FIXED_POINT_TERMS
 
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
         """Booth digits of a key or value. Raises ``InputError`` above 8 bits."""
@@ -110,6 +140,41 @@ class BitSerialSpec:
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""
         return weights.bits_per_weight(outputs, inputs)
+
+
+def booth_digits(number: int, bits: int) -> tuple[int, ...]:
+    """Radix-4 Booth digits of a two's complement ``number`` of ``bits`` bits, the least significant first.
+
+    >>> booth_digits(-5, 6)  # -1 - 4
+    (-1, -1, 0)
+    """
+    found = []
+    for place in range(0, bits, 2):
+        below = number >> (place - 1) & 1 if place else 0
+        found.append(below + (number >> place & 1) - 2 * (number >> (place + 1) & 1))
+    return tuple(found)
+
+
+def fixed_point_digits(number: int, magnitude_bits: int) -> tuple[int, int]:
+    """Two digits, of places 1 and 0, each 0 or ± a power of two: number = 2 · first + second.
+
+    Raises ``UnsupportedFormatError`` for a number that has no such form.
+
+    >>> fixed_point_digits(3, 5), fixed_point_digits(14, 5), fixed_point_digits(-1, 5)
+    ((1, 1), (8, -2), (0, -1))
+    """
+    sign, magnitude = (-1 if number < 0 else 1), abs(number)
+    ones = [place for place in range(magnitude.bit_length()) if magnitude >> place & 1]
+    powers = [1 << place for place in reversed(ones)]
+    if len(powers) > 2:  # non-adjacent form: a run of ones is the next power less the lowest of the run
+        run = 1 << (ones[-1] + 1)
+        powers = [run, magnitude - run]
+    if len(powers) == 1:
+        powers = [powers[0], 0] if powers[0] > 1 else [0, powers[0]]
+    first, second = powers or (0, 0)
+    if magnitude >> magnitude_bits or abs(second) & (abs(second) - 1):
+        raise UnsupportedFormatError(f"{number} is no sum of two signed powers of two within {magnitude_bits} bits")
+    return sign * first // 2, sign * second
 
 
 def quantize_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

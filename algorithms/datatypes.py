@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -185,6 +185,15 @@ class DataType:
         if self.integer:
             return (self.bits + 1) // 2
         return max(signed_digit_weight(numerator) for numerator in self.sorted_numerators)
+
+
+def common_unit(datatypes: Sequence[DataType]) -> int:
+    """The greatest power of two that divides all numerators of all ``datatypes``."""
+    union = 0
+    for datatype in datatypes:
+        for numerator in datatype.sorted_numerators:
+            union |= abs(numerator)
+    return max(union & -union, 1)
 
 
 _NAN = np.uint64(0x7FF8_0000_0000_0000)

@@ -25,9 +25,37 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
+from termwise.algorithms.processing_element import UnsupportedFormatError
 
 MOST_STEPS = 100
 """Steps after which the centroids are taken as they are; the error has stopped falling long before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionarySpec:
+    """A PE that adds activations by the index of their weight and multiplies the sums by the centroids (GOBO).
+
+    Activations are FP16, sums FP32; outliers are multiplied one by one (``docs/microarchitecture.md``, section 2.6).
+    """
+
+    kind: ClassVar[str] = "dictionary"
+    lanes: int = 1
+
+    def cycles_per_step(self, weights: Format) -> int:
+        """One cycle; outliers take their own. Raises ``UnsupportedFormatError`` for any format but GOBO's."""
+        if weights.family != "gobo":
+            raise UnsupportedFormatError(
+                f"the dictionary PE (GOBO) takes indices into a dictionary; {weights.name} weights are none"
+            )
+        return 1
+
+    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
+        """None: GOBO quantizes weights alone. Raises ``UnsupportedFormatError``."""
+        raise UnsupportedFormatError(f"the dictionary PE (GOBO) does not take {key_value_bits}-bit keys and values")
+
+    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
+        """Indices are buffered as they are packed."""
+        return float(weights.weight_bits)
 
 
 def gaussian_limits(weights: Weights, threshold: float) -> tuple[float, float]:
