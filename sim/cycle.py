@@ -45,6 +45,10 @@ CYCLES, COMPUTE, WEIGHT_STALL, ACTIVATION_STALL, DRAIN_STALL = 0, 1, 2, 3, 4
 WEIGHT_BYTES, ACTIVATION_BYTES_MOVED, OUTPUT_BYTES_MOVED, DOT_PRODUCT_STEPS, DEADLOCK = 5, 6, 7, 8, 9
 RESULT_FIELDS = 10
 
+# Fast-forward: so many panels are remembered, each as the fields of the machine's state relative to its beginning.
+SNAPSHOTS = 4
+SNAPSHOT_FIELDS = 18
+
 
 class TileProgram(NamedTuple):
     """Everything that decides the cycles of one product, in whole numbers (a plain tuple, so that Numba takes it)."""
@@ -256,8 +260,68 @@ def _chunk_cycles(program: TileProgram, cursor: NDArray[np.int64]) -> int:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _run(program: TileProgram, result: NDArray[np.int64]) -> None:
-    """Simulate a whole product into ``result`` (int64 [RESULT_FIELDS], zeros on entry)."""
+def _panels_are_alike(program: TileProgram) -> bool:
+    """Whether the requests of one moving panel are those of any other that is full (but the first of a block).
+
+    Activations always are; weights if their rows have a whole number of bytes each, so that no rounding wanders.
+    """
+    return bool(program.weights_stationary == 1 or program.weight_total_bytes % program.outputs == 0)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _moves_with_panels(program: TileProgram, operand: int) -> bool:
+    """Whether an operand's allocations (0 weights, 1 activations) are opened anew in every moving panel."""
+    allocation = program.weight_allocation if operand == 0 else program.activation_allocation
+    is_stationary = (program.weights_stationary == 1) == (operand == 0)
+    return bool(allocation == CHUNKS or (allocation == PANELS and not is_stationary))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _take_snapshot(
+    program: TileProgram, load: NDArray[np.int64], work: NDArray[np.int64], rest: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The machine's state at the beginning of a moving panel, relative to the array's place: int64 [SNAPSHOT_FIELDS].
+
+    ``rest``: the state of array and channel, times as cycles that are left, and counts less the array's place.
+    """
+    snapshot = np.zeros(SNAPSHOT_FIELDS, np.int64)
+    snapshot[: rest.size] = rest
+    place = rest.size
+    for field in (STEP, MOVING, TILE):
+        snapshot[place] = load[field] - work[field]
+        place += 1
+    for field in (STATIONARY, CHUNK_BEGIN):
+        snapshot[place] = load[field]
+        place += 1
+    for operand in range(2):
+        if _moves_with_panels(program, operand):
+            snapshot[place] = load[WEIGHT_ALLOCATION_STEP + operand] - work[STEP]
+            snapshot[place + 1] = load[WEIGHT_PREVIOUS_STEP + operand] - work[STEP]
+        place += 2
+    return snapshot
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _jump(program: TileProgram, cursor: NDArray[np.int64], panels: int, steps: int, tiles: int) -> None:
+    """Move a cursor by whole panels with so many steps and tiles."""
+    cursor[STEP] += steps
+    cursor[MOVING] += panels
+    cursor[TILE] += tiles
+    for operand in range(2):
+        if _moves_with_panels(program, operand):
+            cursor[WEIGHT_ALLOCATION_STEP + operand] += steps
+            cursor[WEIGHT_PREVIOUS_STEP + operand] += steps
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _run(program: TileProgram, result: NDArray[np.int64], fast_forward: bool) -> None:
+    """Simulate a whole product into ``result`` (int64 [RESULT_FIELDS], zeros on entry).
+
+    ``fast_forward``: where the state at the beginning of a moving panel is that of an earlier panel, what happens until
+    the next full panels have passed is what happened between these two, again and again; it is added at once. Nothing
+    else depends on the place: full panels of a block ask for the same bytes, and the array's steps are the same. The
+    last panel, which may be smaller, and the first of a block, which loads more, are never jumped over.
+    """
     load = np.zeros(CURSOR_FIELDS, np.int64)  # where the requests stand
     work = np.zeros(CURSOR_FIELDS, np.int64)  # where the array stands
     steps_of_tile = -(-program.reduction // program.lanes)
@@ -272,6 +336,14 @@ def _run(program: TileProgram, result: NDArray[np.int64]) -> None:
     left_tiles = 0
     staging_free = True
     write_bytes = 0
+    moving_panels = _panel_counts(program)[1]
+    fast_forward = fast_forward and moving_panels > 4 and _panels_are_alike(program)
+    snapshots = np.zeros((SNAPSHOTS, SNAPSHOT_FIELDS), np.int64)
+    snapshot_results = np.zeros((SNAPSHOTS, RESULT_FIELDS), np.int64)
+    snapshot_places = np.zeros((SNAPSHOTS, 4), np.int64)  # cycle, step, tile and panel
+    taken = 0  # snapshots of this block
+    seen_step = -1
+    block_pass = np.zeros(2, np.int64)
 
     while True:
         # What ends now.
@@ -333,8 +405,63 @@ def _run(program: TileProgram, result: NDArray[np.int64]) -> None:
                 channel_end = now - (-request // program.burst_bytes)
                 result[WEIGHT_BYTES + part] += request
 
-        # The next event, and whose the cycles until then are.
         array_busy = array in (COMPUTING, DRAINING)
+        if fast_forward and work[STEP] != seen_step and array != FINISHED:
+            seen_step = work[STEP]
+            if work[BLOCK] != block_pass[0] or work[PASS] != block_pass[1]:
+                block_pass[0], block_pass[1] = work[BLOCK], work[PASS]
+                taken = 0
+            at_panel = (
+                work[STATIONARY] == work[BLOCK] * program.panels_per_block
+                and work[CHUNK_BEGIN] == work[PASS] * program.segment_steps
+            )
+            alike = load[AT_END] == 0 and load[BLOCK] == work[BLOCK] and load[PASS] == work[PASS]
+            if at_panel and alike and load[MOVING] >= 1:
+                rest = np.array(
+                    [
+                        array,
+                        array_end - now if array_busy else 0,
+                        channel,
+                        channel_end - now if channel != IDLE else 0,
+                        part,
+                        done_steps - work[STEP],
+                        left_tiles - work[TILE],
+                        1 if staging_free else 0,
+                        write_bytes,
+                    ]
+                )
+                snapshot = _take_snapshot(program, load, work, rest)
+                for back in range(1, min(taken, SNAPSHOTS) + 1):
+                    slot = (taken - back) % SNAPSHOTS
+                    if not np.array_equal(snapshots[slot], snapshot):
+                        continue
+                    panels = work[MOVING] - snapshot_places[slot, 3]
+                    times = (moving_panels - 2 - load[MOVING]) // panels
+                    if times > 0:
+                        steps = times * (work[STEP] - snapshot_places[slot, 1])
+                        tiles = times * (work[TILE] - snapshot_places[slot, 2])
+                        for field in range(RESULT_FIELDS):
+                            result[field] += times * (result[field] - snapshot_results[slot, field])
+                        cycles = times * (now - snapshot_places[slot, 0])
+                        now += cycles
+                        array_end += cycles
+                        channel_end += cycles
+                        done_steps += steps
+                        left_tiles += tiles
+                        _jump(program, load, times * panels, steps, tiles)
+                        _jump(program, work, times * panels, steps, tiles)
+                        arrived = 3 * load[STEP] + part
+                        seen_step = work[STEP]
+                        taken = 0
+                    break
+                slot = taken % SNAPSHOTS
+                snapshots[slot] = snapshot
+                snapshot_results[slot] = result
+                snapshot_places[slot, 0], snapshot_places[slot, 1] = now, work[STEP]
+                snapshot_places[slot, 2], snapshot_places[slot, 3] = work[TILE], work[MOVING]
+                taken += 1
+
+        # The next event, and whose the cycles until then are.
         if channel == IDLE and not array_busy:
             result[CYCLES] = now
             result[DEADLOCK] = 0 if array == FINISHED else 1
@@ -355,10 +482,13 @@ def _run(program: TileProgram, result: NDArray[np.int64]) -> None:
         now = event
 
 
-def run_tile_program(program: TileProgram) -> CycleCount:
-    """Simulate one product. Raises ``TermwiseError`` if the machine could not finish it (a defect of the plan)."""
+def run_tile_program(program: TileProgram, *, fast_forward: bool = True) -> CycleCount:
+    """Simulate one product; the result does not depend on ``fast_forward``.
+
+    Raises ``TermwiseError`` if the machine could not finish it (a defect of the plan).
+    """
     result = np.zeros(RESULT_FIELDS, np.int64)
-    _run(program, result)
+    _run(program, result, fast_forward)
     if result[DEADLOCK]:
         raise TermwiseError(f"the simulated machine stopped in cycle {result[CYCLES]} of {program}")
     return CycleCount(
