@@ -1,7 +1,7 @@
 """Shapes of models: what a simulator needs to know of a network, without a weight.
 
-A network is described by its *family*, which says what its layers consist of, and by its *sizes*. Both together give the
-shape: linear layers under the names that the tensors of its checkpoint on Hugging Face have, tables of embeddings,
+A network is described by its *family*, which says what its layers consist of, and by its *sizes*. Both together give
+the shape: linear layers under the names that the tensors of its checkpoint on Hugging Face have, tables of embeddings,
 biases, norms, attention, and the vector operations between the matrix products. The table of known models holds the
 sizes that their configuration files state; ``termwise.algorithms.config_shapes`` reads such a file.
 
@@ -310,10 +310,8 @@ def _layer_linears(family: Family, sizes: Sizes, head_size: int) -> list[tuple[L
         found.append((LinearShape(name=family.router, outputs=sizes.experts, inputs=hidden), None))
     branches = 2 if family.gated else 1
     up = branches * feed_forward // len(family.up)
-    roles: list[tuple[str, int, int, Biased]] = [
-        *((name, up, hidden, "up") for name in family.up),  # type: ignore[list-item]
-        (family.down, hidden, feed_forward, "down"),
-    ]
+    roles: list[tuple[str, int, int, Biased]] = [(name, up, hidden, "up") for name in family.up]
+    roles.append((family.down, hidden, feed_forward, "down"))
     for expert in range(sizes.experts):
         for name, outputs, inputs, role in roles:
             linear = LinearShape(
@@ -377,7 +375,7 @@ def _row(
     embedding: int | None = None,
     final_norm: bool = True,
 ) -> Sizes:
-    """One row of the table. A window is that of all layers unless ``windowed_layers`` tells; experts: all, per token."""
+    """One row of the table: a window is that of all layers unless the row tells; ``experts``: all, per token."""
     if windowed_layers is None:
         windowed_layers = 0 if window is None else layers
     return Sizes(
