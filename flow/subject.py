@@ -85,7 +85,7 @@ def open_subject(reference: str) -> Subject:
 
 
 def _only_config(path: Path) -> bool:
-    """Whether ``path`` is a configuration, or a directory that holds one and neither safetensors nor llama2.c models."""
+    """Whether ``path`` is a configuration, or a directory with one and neither safetensors nor llama2.c models."""
     if path.is_file():
         return path.suffix == ".json"
     if not (path / "config.json").is_file() or any(path.glob("*.safetensors*")):
