@@ -16,7 +16,8 @@ from termwise.algorithms.config_shapes import read_shape, shape_from_config
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import FAMILIES, KNOWN_SHAPES, AttentionShape, ModelShape, known_shape
 
-# The number of parameters that Hugging Face shows for the safetensors of each repository (https://huggingface.co/ID).
+# The number of parameters that Hugging Face states for the safetensors of each repository, https://huggingface.co/ID
+# (OPT: the numbers in the tensors of its checkpoint).
 STATED: dict[str, tuple[str, int]] = {
     "opt-125m": ("facebook/opt-125m", 125_239_296),
     "opt-350m": ("facebook/opt-350m", 331_196_416),
