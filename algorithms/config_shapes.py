@@ -15,6 +15,10 @@ from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.shapes import FAMILIES, Biased, FamilyName, ModelShape, Sizes, shape_of_sizes
 
 
+MAXIMUM_MLPS = 1 << 18
+"""Layers × experts that a configuration may ask for; more is a slip, and would be listed one by one."""
+
+
 class _Keys:
     """A configuration whose values are checked when they are read; every error names the file and the key."""
 
@@ -91,6 +95,11 @@ def _sizes(family: FamilyName, keys: _Keys) -> Sizes:
         "gpt2": ("n_layer", "n_embd", "n_head", "n_inner"),
     }.get(family, ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"))
     layers, hidden, heads = (keys.count(key) for key in names[:3])
+    experts = keys.count("num_local_experts", 8) if family == "mixtral" else 1
+    if layers > MAXIMUM_MLPS:
+        raise keys.error(names[0], f"at most {MAXIMUM_MLPS}")
+    if layers * experts > MAXIMUM_MLPS:
+        raise keys.error("num_local_experts", f"at most {MAXIMUM_MLPS // layers} in each of {layers} layers")
     feed_forward = keys.count(names[3], 4 * hidden if family == "gpt2" else None)
     # Where transformers takes another number than that of the heads, the file must state it.
     stated = family in ("mistral", "qwen2", "gemma2", "mixtral")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from termwise.algorithms import config_shapes, shapes
 from termwise.algorithms.config_shapes import read_shape, shape_from_config
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import FAMILIES, KNOWN_SHAPES, AttentionShape, ModelShape, known_shape
@@ -297,6 +300,8 @@ def without(name: str, key: str) -> dict[str, Any]:
         ({**SMALL["llama"], "vocab_size": None}, "config.json has no key 'vocab_size'"),
         ({**SMALL["llama"], "vocab_size": 0}, "'vocab_size' is 0; expected an integer of at least 1"),
         ({**SMALL["llama"], "num_hidden_layers": -2}, "'num_hidden_layers' is -2"),
+        ({**SMALL["llama"], "num_hidden_layers": 10**12}, "'num_hidden_layers' is 1000000000000; expected at most"),
+        ({**SMALL["mixtral"], "num_local_experts": 10**9}, "'num_local_experts' is 1000000000; expected at most"),
         ({**SMALL["llama"], "intermediate_size": "80"}, "'intermediate_size' is '80'"),
         ({**SMALL["llama"], "intermediate_size": 80.0}, "'intermediate_size' is 80.0"),
         ({**SMALL["llama"], "num_attention_heads": True}, "'num_attention_heads' is True"),
@@ -316,6 +321,13 @@ def test_a_bad_configuration_is_refused_by_file_and_key(config: dict[str, Any], 
         shape_from_config(config)
     assert str(refusal.value).startswith("config.json")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("module", [shapes, config_shapes], ids=lambda module: str(module.__name__))
+def test_examples_in_docstrings_are_right(module: ModuleType) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_a_bad_file_is_named_with_its_path(tmp_path: Path) -> None:
