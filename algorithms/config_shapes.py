@@ -14,7 +14,6 @@ from termwise.algorithms.checkpoints import read_json
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.shapes import FAMILIES, Biased, FamilyName, ModelShape, Sizes, shape_of_sizes
 
-
 MAXIMUM_MLPS = 1 << 18
 """Layers × experts that a configuration may ask for; more is a slip, and would be listed one by one."""
 
