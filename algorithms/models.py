@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from termwise.algorithms import llama2c
 from termwise.algorithms.checkpoints import Checkpoint, SafetensorsCheckpoint, read_json
+from termwise.algorithms.config_shapes import shape_from_config
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.shapes import KNOWN_SHAPES, AttentionShape, LinearShape, ModelShape
 from termwise.algorithms.tokenization import TOKENIZER_FILES, HuggingFaceTokenizer, Tokenizer, has_tokenizer
@@ -121,12 +122,23 @@ class Model:
 
     @property
     def shape(self) -> ModelShape:
-        """Shapes of the linear layers, and the attention where it is known."""
+        """Shapes of the linear layers, and the attention where it is known.
+
+        Where config.json alone describes the same linear layers (``termwise.algorithms.config_shapes``), the shape also
+        has embeddings, biases, norms, windows and vector operations.
+        """
         linears = tuple(
             LinearShape(name=linear.name, outputs=linear.outputs, inputs=linear.inputs)
             for linear in self.structure.linears
         )
-        return ModelShape(name=self.name, linears=linears, attention=self.structure.attention, head=self.structure.head)
+        structure = self.structure
+        try:
+            described = shape_from_config(self.config or {}, name=self.name)
+        except InputError:  # a set of matrices, or an architecture that only transformers knows
+            described = None
+        if described is not None and described.head == structure.head and set(described.linears) == set(linears):
+            return replace(described, linears=linears)
+        return ModelShape(name=self.name, linears=linears, attention=structure.attention, head=structure.head)
 
     def matrix(self, name: str) -> Matrix:
         """Weights of one linear layer, float16 or float32 [outputs, inputs]; bfloat16 becomes float32, exactly.

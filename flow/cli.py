@@ -579,12 +579,12 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _model_with_weights(reference: str) -> Model:
-    """The model that ``reference`` names. Raises ``InputError`` for a known shape."""
-    from termwise.flow.subject import NO_WEIGHTS, open_subject
+    """The model that ``reference`` names. Raises ``InputError`` where there is only a shape."""
+    from termwise.flow.subject import open_subject
 
     subject = open_subject(reference)
     if subject.model is None:
-        raise InputError(f"{reference}: {NO_WEIGHTS}; expected a directory, a Hugging Face id or tiny")
+        raise InputError(f"{reference}: {subject.no_weights_reason}; expected a directory, a Hugging Face id or tiny")
     return subject.model
 
 

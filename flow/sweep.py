@@ -36,7 +36,7 @@ from termwise.flow.records import (
 )
 from termwise.flow.results import PlannedPoint, Results, Run, SweptModel, collect, write_run
 from termwise.flow.specification import Specification
-from termwise.flow.subject import NO_WEIGHTS, Subject, open_subjects, open_text
+from termwise.flow.subject import Subject, open_subjects, open_text
 from termwise.sim.accelerators import Accelerator, get_accelerator
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def plan_sweep(specification: Specification) -> Plan:
     accelerators = [get_accelerator(name) for name in specification.accelerators]
     combinations = []
     for subject in subjects:
-        content: Mapping[str, Any] = {"shape": subject.name}
+        content: Mapping[str, Any] = subject.shape_inputs
         if subject.model is not None and text is not None:
             content = {
                 "model": subject.digest,
@@ -422,7 +422,7 @@ def _evaluator(subject: Subject, text: Text) -> Evaluator:
     from termwise.algorithms.perplexity import Evaluator
 
     if subject.model is None:
-        raise InputError(f"{subject.name} has no perplexity: {NO_WEIGHTS}")
+        raise InputError(f"{subject.name} has no perplexity: {subject.no_weights_reason}")
     return Evaluator(subject.model, text)
 
 
@@ -437,7 +437,7 @@ def quality_outputs(
     if subject.model is None:
         return {
             "perplexity": None,
-            "perplexity_reason": NO_WEIGHTS,
+            "perplexity_reason": subject.no_weights_reason,
             "sqnr_db": None,
             "mse": None,
             "bits_per_weight": packed_bits_per_weight(subject.shape, format),

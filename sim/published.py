@@ -322,13 +322,15 @@ def simulate_published(
 ) -> PublishedSimulation:
     """The published model's cycles and energies for one prefill of ``context`` tokens, or one decoded token.
 
-    Raises ``InputError`` for a batch other than 1 (the published model has none), an unknown phase, a context below
-    1, or an accelerator that was not published.
+    Raises ``InputError`` for a batch other than 1 or a mixture of experts (the published model has neither), an unknown
+    phase, a context below 1, or an accelerator that was not published.
     """
     phase = check_phase(phase)
     check_count("context", context)
     if batch != 1:
         raise InputError(f"batch is {batch!r}; the published model knows only a batch of 1")
+    if any(linear.experts > 1 for linear in shape.linears):
+        raise InputError(f"{shape.name} is a mixture of experts; the published model knows only dense models")
     weight_bits, notes = published_weight_bits(shape.name, accelerator.system, phase)
     if shape.attention is None:
         notes += (f"the attention of {shape.name} is not known and not counted",)

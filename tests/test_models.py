@@ -79,7 +79,14 @@ def test_attention_and_head_are_known(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
     shape = open_model(tmp_path).shape
     grouped = name in ("llama", "llama_tied", "mistral", "qwen2")
-    assert shape.attention == AttentionShape(layers=2, heads=4, key_value_heads=2 if grouped else 4, head_size=8)
+    assert shape.attention == AttentionShape(
+        layers=2,
+        heads=4,
+        key_value_heads=2 if grouped else 4,
+        head_size=8,
+        window=4096 if name == "mistral" else None,
+        windowed_layers=2 if name == "mistral" else 0,
+    )
     assert shape.head == (None if name == "bert" else "lm_head")
 
 
