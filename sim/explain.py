@@ -1,17 +1,18 @@
 """Why the cycle-level simulation and the published model differ, as numbers that add up.
 
-The published model (``termwise.sim.published``) is changed into the cycle-level one (``termwise.sim.simulate``) in five
-steps, each of which computes all products again; a step's reason is the change of the total in cycles. The reasons
-add up to the difference exactly. Their sizes depend on the order of the steps, which is:
+The published model (``termwise.sim.published``, either state) is changed into the cycle-level one
+(``termwise.sim.simulate``) in seven steps, each of which computes all products again; a step's reason is the change of
+the total in cycles. The reasons add up to the difference exactly. Their sizes depend on the order of the steps:
 
 1. ``head_tokens``: the logits only after the last token of a sequence, not after all of them (prefill).
 2. ``attention_shape``: each key-value head by itself with its true sizes, and keys and values at their own width.
-3. ``weight_format``: bytes of the packed format with all its metadata, and the PE's cycles for this format, in place
-   of the published average of bits per weight.
-4. ``refetch``: the traffic of the plan, which keeps operands in halves of buffers and splits long reductions, in
+3. ``weight_precision``: the bits of the format's codes and the PE's cycles for this format, in place of the published
+   bits per weight.
+4. ``weight_metadata``: the bytes of the packed format beyond its codes: scales and selectors.
+5. ``refetch``: the traffic of the plan, which keeps operands in halves of buffers and splits long reductions, in
    place of the published rule.
-5. ``overlap``: waiting for first loads, pipeline fill and drain, write-backs, and everything that two servers with
-   finite buffers cannot do at the same time.
+6. ``overlap``: first loads, write-backs, and all else that two servers with finite buffers cannot do at the same time.
+7. ``fill_and_drain``: the pipeline of the array, and the scaling of groups that nothing hides.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from termwise.sim.accelerators import Accelerator, accelerator_names, get_accele
 from termwise.sim.cycle import ACTIVATION_BYTES, OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
+    PUBLISHED_2024,
+    PUBLISHED_MODELS,
+    PublishedState,
     published_cost,
     published_fetches,
     published_gemms,
@@ -35,7 +39,15 @@ from termwise.sim.published import (
 )
 from termwise.sim.simulate import product_of, simulate
 
-REASONS = ("head_tokens", "attention_shape", "weight_format", "refetch", "overlap")
+REASONS = (
+    "head_tokens",
+    "attention_shape",
+    "weight_precision",
+    "weight_metadata",
+    "refetch",
+    "overlap",
+    "fill_and_drain",
+)
 """The reasons, in the order in which the published model is changed."""
 
 CLASSES = ("linear", "head", "keys", "values")
@@ -67,6 +79,7 @@ class Cost:
 class Explanation:
     """Both models side by side. ``reasons`` (cycles by name) add up to ``cycles`` − ``published_cycles``."""
 
+    state: str
     model: str
     accelerator: str
     format: str
@@ -86,6 +99,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, units in the names."""
         return {
+            "state": self.state,
             "model": self.model,
             "accelerator": self.accelerator,
             "format": self.format,
@@ -109,6 +123,18 @@ def _closed_form(product: Product, accelerator: Accelerator) -> Cost:
     traffic = product.weight_total_bytes * weight_fetches + input_bytes * input_fetches
     traffic += product.tokens * product.outputs * OUTPUT_BYTES
     return _perfect_overlap(product, traffic)
+
+
+def _codes_alone(
+    format: Format, rule: Callable[[Product, Accelerator], Cost]
+) -> Callable[[Product, Accelerator], Cost]:
+    """``rule`` on a product of weights that take the bits of their codes and nothing else."""
+
+    def cost(product: Product, accelerator: Accelerator) -> Cost:
+        code_bytes = ceil_divide(product.outputs * product.reduction * format.weight_bits, 8)
+        return rule(replace(product, weight_total_bytes=code_bytes), accelerator)
+
+    return cost
 
 
 def _planned(product: Product, _: Accelerator) -> Cost:
@@ -142,8 +168,11 @@ def explain(
     phase: Phase,
     weights: Format | None = None,
     context: int = 256,
+    state: PublishedState = PUBLISHED_2024,
 ) -> Explanation:
     """Split the difference between both models of one prefill, or of one decoded token, into named reasons.
+
+    ``state`` is that of the published model.
 
     Raises ``InputError`` as ``termwise.sim.simulate.simulate`` and ``termwise.sim.published.simulate_published`` do.
     """
@@ -151,16 +180,17 @@ def explain(
     check_count("context", context)
     if weights is None:
         weights = get_format(accelerator.default_format(phase))
-    weight_bits, _ = published_weight_bits(shape.name, accelerator.system, phase)
+    weight_bits = published_weight_bits(shape.name, accelerator.system, phase, state)
+    key_value_bits = state.key_value_bits[accelerator.system]
     gemms = workload(shape, phase=phase, context=context, batch=1)
     products = [(gemm, product_of(gemm, accelerator, phase, weights)) for gemm in gemms]
 
     def published_total(logits_of_last_token: bool) -> dict[str, Cost]:
         classes = {name: Cost() for name in CLASSES}
-        for gemm, count in published_gemms(shape, phase, context, weight_bits).items():
+        for gemm, count in published_gemms(shape, phase, context, weight_bits, key_value_bits, state).items():
             if gemm.kind == "head" and logits_of_last_token:
                 gemm = replace(gemm, tokens=1)
-            cost = published_cost(gemm, accelerator, phase, weight_bits)
+            cost = published_cost(gemm, accelerator, phase, weight_bits, state)
             classes[gemm.kind] = classes[gemm.kind].plus(
                 Cost(
                     compute_cycles=count * cost.compute_cycles,
@@ -171,7 +201,7 @@ def explain(
         return classes
 
     def product_total(names: tuple[str, ...], rule: Callable[[Product, Accelerator], Cost]) -> dict[str, Cost]:
-        classes = {name: Cost() for name in CLASSES}
+        classes = {name: Cost() for name in names}
         for gemm, product in products:
             name = _class_of(gemm, shape.head)
             if name in names:
@@ -187,24 +217,41 @@ def explain(
 
     published = published_total(logits_of_last_token=False)
     with_head = published_total(logits_of_last_token=True)
-    with_attention = {**with_head, **_only(product_total(("keys", "values"), _closed_form), ("keys", "values"))}
-    with_format = product_total(CLASSES, _closed_form)
+    with_attention = {**with_head, **product_total(("keys", "values"), _closed_form)}
+    weight_classes = ("linear", "head")
+    with_precision = {**with_attention, **product_total(weight_classes, _codes_alone(weights, _closed_form))}
+    with_metadata = product_total(CLASSES, _closed_form)
     with_refetch = product_total(CLASSES, _planned)
 
-    simulation = simulate(shape, accelerator, phase=phase, weights=weights, context=context)
-    simulated = {name: Cost() for name in CLASSES}
-    for gemm, layer in zip(gemms, simulation.layers, strict=True):
-        name = _class_of(gemm, shape.head)
-        simulated[name] = simulated[name].plus(
-            Cost(
-                compute_cycles=layer.compute_cycles,
-                dram_cycles=ceil_divide(layer.traffic.total_bytes, accelerator.dram_bytes_per_cycle),
-                cycles=layer.cycles,
+    def simulated(machine: Accelerator) -> dict[str, Cost]:
+        classes = {name: Cost() for name in CLASSES}
+        simulation = simulate(shape, machine, phase=phase, weights=weights, context=context)
+        for gemm, layer in zip(gemms, simulation.layers, strict=True):
+            name = _class_of(gemm, shape.head)
+            classes[name] = classes[name].plus(
+                Cost(
+                    compute_cycles=layer.compute_cycles,
+                    dram_cycles=ceil_divide(layer.traffic.total_bytes, machine.dram_bytes_per_cycle),
+                    cycles=layer.cycles,
+                )
             )
-        )
-    stages = [published, with_head, with_attention, with_format, with_refetch, simulated]
+        return classes
+
+    without_pipeline = simulated(replace(accelerator, fill_drain_cycles=0, dequantization_cycles=0))
+    with_pipeline = simulated(accelerator)
+    stages = [
+        published,
+        with_head,
+        with_attention,
+        with_precision,
+        with_metadata,
+        with_refetch,
+        without_pipeline,
+        with_pipeline,
+    ]
     totals = [sum(cost.cycles for cost in stage.values()) for stage in stages]
     return Explanation(
+        state=state.name,
         model=shape.name,
         accelerator=accelerator.name,
         format=weights.name,
@@ -214,24 +261,16 @@ def explain(
         cycles=totals[-1],
         reasons={name: totals[index + 1] - totals[index] for index, name in enumerate(REASONS)},
         published_classes=published,
-        cycle_classes=simulated,
+        cycle_classes=with_pipeline,
     )
-
-
-def _only(classes: dict[str, Cost], names: tuple[str, ...]) -> dict[str, Cost]:
-    return {name: classes[name] for name in names}
-
-
-PUBLISHED_MODELS = ("opt-1.3b", "phi-2", "yi-6b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
-"""The models of the BitMoD paper."""
 
 
 def markdown_table(explanations: list[Explanation]) -> str:
     """A table of both models' cycles, with each reason in percent of the published cycles."""
     lines = [
-        "| model | accelerator | published cycles | simulated cycles | ratio | logits | attention | format | refetch "
-        "| overlap |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | accelerator | published cycles | simulated cycles | ratio | logits | attention | precision "
+        "| metadata | refetch | overlap | fill and drain |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for entry in explanations:
         reasons = " | ".join(f"{100 * entry.reasons[name] / entry.published_cycles:+.1f} %" for name in REASONS)

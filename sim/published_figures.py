@@ -30,7 +30,7 @@ Quantity = Literal["speed", "energy"]
 
 
 class MeanRatio(NamedTuple):
-    """Mean over six models of cost of the other accelerator / cost of this one: prefill, and with 20 tokens after it."""
+    """Mean over six models of the other's cost / this one's: of a prefill, and of one with 20 tokens after it."""
 
     prefill: float
     with_20_tokens: float
