@@ -19,17 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.shapes import ModelShape, known_shape
-from termwise.algorithms.workload import PHASES, Gemm, Phase, check_count, check_phase, workload
-from termwise.sim.accelerators import Accelerator, accelerator_names, get_accelerator
+from termwise.algorithms.workload import Gemm, Phase, check_count, check_phase, workload
+from termwise.sim.accelerators import Accelerator, get_accelerator
 from termwise.sim.cycle import ACTIVATION_BYTES, OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
     PUBLISHED_2024,
-    PUBLISHED_MODELS,
     PublishedState,
     published_cost,
     published_fetches,
@@ -37,7 +37,7 @@ from termwise.sim.published import (
     published_weight_bits,
     simulate_published,
 )
-from termwise.sim.simulate import product_of, simulate
+from termwise.sim.simulate import Simulation, product_of, simulate
 
 REASONS = (
     "head_tokens",
@@ -87,6 +87,8 @@ class Explanation:
     context: int
     published_cycles: int
     cycles: int
+    published_energy_uj: float
+    energy_uj: float
     reasons: dict[str, int]
     published_classes: dict[str, Cost]
     cycle_classes: dict[str, Cost]
@@ -108,6 +110,8 @@ class Explanation:
             "published_cycles": self.published_cycles,
             "cycles": self.cycles,
             "ratio": self.ratio,
+            "published_energy_uj": self.published_energy_uj,
+            "energy_uj": self.energy_uj,
             "reason_cycles": dict(self.reasons),
             "classes": {
                 name: {"published": self.published_classes[name].to_dict(), "cycle": self.cycle_classes[name].to_dict()}
@@ -159,6 +163,12 @@ def _class_of(gemm: Gemm, head: str | None) -> str:
     if gemm.operand == "value":
         return "values"
     return "head" if gemm.name == head else "linear"
+
+
+@lru_cache(maxsize=256)
+def _simulation(shape: ModelShape, accelerator: Accelerator, phase: Phase, weights: Format, context: int) -> Simulation:
+    """The cycle-level simulation, which does not depend on the state of the published model."""
+    return simulate(shape, accelerator, phase=phase, weights=weights, context=context)
 
 
 def explain(
@@ -225,7 +235,7 @@ def explain(
 
     def simulated(machine: Accelerator) -> dict[str, Cost]:
         classes = {name: Cost() for name in CLASSES}
-        simulation = simulate(shape, machine, phase=phase, weights=weights, context=context)
+        simulation = _simulation(shape, machine, phase, weights, context)
         for gemm, layer in zip(gemms, simulation.layers, strict=True):
             name = _class_of(gemm, shape.head)
             classes[name] = classes[name].plus(
@@ -259,73 +269,12 @@ def explain(
         context=context,
         published_cycles=totals[0],
         cycles=totals[-1],
+        published_energy_uj=simulate_published(shape, accelerator, phase=phase, context=context, state=state).energy_uj,
+        energy_uj=_simulation(shape, accelerator, phase, weights, context).energy.total_uj,
         reasons={name: totals[index + 1] - totals[index] for index, name in enumerate(REASONS)},
         published_classes=published,
         cycle_classes=with_pipeline,
     )
-
-
-def markdown_table(explanations: list[Explanation]) -> str:
-    """A table of both models' cycles, with each reason in percent of the published cycles."""
-    lines = [
-        "| model | accelerator | published cycles | simulated cycles | ratio | logits | attention | precision "
-        "| metadata | refetch | overlap | fill and drain |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for entry in explanations:
-        reasons = " | ".join(f"{100 * entry.reasons[name] / entry.published_cycles:+.1f} %" for name in REASONS)
-        lines.append(
-            f"| {entry.model} | {entry.accelerator} | {entry.published_cycles:,} | {entry.cycles:,} "
-            f"| {entry.ratio:.3f} | {reasons} |"
-        )
-    return "\n".join(lines)
-
-
-HEADLINES = (
-    ("bitmod-lossless", "fp16"),
-    ("bitmod-lossy", "fp16"),
-    ("bitmod-lossy", "ant"),
-    ("bitmod-lossy", "olive"),
-)
-"""The comparisons of the paper's abstract and figures: an accelerator, and the one that it is compared with."""
-
-DECODED_TOKENS = 20
-
-
-def headline_table() -> str:
-    """Mean speed and energy ratios over the six models in both models: prefill, and prefill with decoded tokens."""
-    cost: dict[tuple[str, str, Phase, str], tuple[float, float]] = {}
-    for name in accelerator_names():
-        for model in PUBLISHED_MODELS:
-            for phase in PHASES:
-                shape, accelerator = known_shape(model), get_accelerator(name)
-                published = simulate_published(shape, accelerator, phase=phase)
-                simulated = simulate(shape, accelerator, phase=phase)
-                cost[name, model, phase, "published"] = published.cycles, published.energy_uj
-                cost[name, model, phase, "cycle"] = simulated.cycles, simulated.energy.total_uj
-
-    def mean_ratio(name: str, over: str, model_of: str, quantity: int, decoded_tokens: int) -> float:
-        def total(accelerator: str, model: str) -> float:
-            prefill = cost[accelerator, model, "prefill", model_of][quantity]
-            return prefill + decoded_tokens * cost[accelerator, model, "decode", model_of][quantity]
-
-        ratios = [total(over, model) / total(name, model) for model in PUBLISHED_MODELS]
-        return sum(ratios) / len(ratios)
-
-    lines = [
-        f"| quantity | comparison | prefill, published | prefill, simulated | with {DECODED_TOKENS} tokens, published "
-        f"| with {DECODED_TOKENS} tokens, simulated |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for quantity, label in enumerate(("speed", "energy")):
-        for name, over in HEADLINES:
-            values = " | ".join(
-                f"{mean_ratio(name, over, model_of, quantity, tokens):.2f}"
-                for tokens in (0, DECODED_TOKENS)
-                for model_of in ("published", "cycle")
-            )
-            lines.append(f"| {label} | {name} over {over} | {values} |")
-    return "\n".join(lines)
 
 
 def batch_table() -> str:
@@ -350,21 +299,5 @@ def batch_table() -> str:
     return "\n".join(lines)
 
 
-def documented_tables() -> dict[str, str]:
-    """The tables of ``docs/simulator.md`` by name."""
-    tables: dict[str, str] = {
-        phase: markdown_table(
-            [
-                explain(known_shape(model), get_accelerator(accelerator), phase=phase)
-                for model in PUBLISHED_MODELS
-                for accelerator in accelerator_names()
-            ]
-        )
-        for phase in PHASES
-    }
-    return {**tables, "headlines": headline_table(), "batch": batch_table()}
-
-
 if __name__ == "__main__":
-    for table in documented_tables().values():
-        print(table, end="\n\n")
+    print(batch_table())

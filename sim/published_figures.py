@@ -238,3 +238,22 @@ LLAMA_2_7B_2025_PARTS: Mapping[tuple[str, Phase], tuple[int, int, int, int]] = {
     ("bitmod-lossy", "decode"): (45302, 4838, 3391, 390453),
 }
 """Energy of Llama-2-7B in the state of July 2025 in µJ: PEs, buffer reads, buffer writes, DRAM."""
+
+
+class OliveRatio(NamedTuple):
+    """A speed ratio of OliVe's own evaluation: over which design, how large, and on which model of the hardware."""
+
+    other: str
+    printed: float
+    platform: Literal["GPU", "systolic array"]
+
+
+OLIVE_RATIOS: tuple[OliveRatio, ...] = (
+    OliveRatio("GOBO", 4.5, "GPU"),
+    OliveRatio("int8", 2.7, "GPU"),
+    OliveRatio("ANT", 2.4, "GPU"),
+    OliveRatio("AdaFloat", 4.8, "systolic array"),
+    OliveRatio("OLAccel", 3.8, "systolic array"),
+    OliveRatio("ANT", 3.7, "systolic array"),
+)
+"""OliVe (ISCA 2023), evaluation. Nothing here computes them; reports/published-vs-cycle says why."""
