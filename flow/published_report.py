@@ -56,9 +56,11 @@ def compare() -> list[dict[str, Any]]:
     ):
         explanation = explain(known_shape(model), get_accelerator(accelerator), phase=phase, state=state)
         figure = PUBLISHED_FIGURES[state.name][accelerator, phase].get(model)
+        compared = explanation.to_dict()
+        del compared["classes"]
         points.append(
             {
-                **explanation.to_dict(),
+                **compared,
                 "figure_cycles": None if figure is None else figure.cycles,
                 "figure_energy_uj": None if figure is None else figure.energy_uj,
             }

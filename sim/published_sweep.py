@@ -3,8 +3,9 @@
 The same arithmetic as ``termwise.sim.published``, which is the readable definition; the kernel is compiled by Numba.
 Cycles, steps and bytes are whole numbers below 2^53 in float64: all sums and products of them are exact, and the
 ceiling and the floor of a rounded quotient a / b are those of the exact one, because a / b differs from a whole number
-by at least 1 / b, and rounding moves it by at most a / b · 2^-53 < 1 / b. Cycles are therefore equal to those of the
-readable model; energies may differ in the last bits, because they are summed in another order.
+by at least 1 / b, and rounding moves it by at most a / b · 2^-53 < 1 / b. Where a precision has a fraction, both models
+do the same float64 operations in the same order. Cycles are therefore equal to those of the readable model; energies
+may differ in the last bits, because they are summed in another order.
 """
 
 from __future__ import annotations
