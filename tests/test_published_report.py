@@ -39,7 +39,10 @@ def test_reasons_lead_from_one_model_to_the_other(document: dict[str, Any]) -> N
         assert point["published_cycles"] + sum(point["reason_cycles"].values()) == point["cycles"]
 
 
-def test_the_command_writes_report_results_and_figure(tmp_path: Path) -> None:
+def test_the_command_writes_report_results_and_figure(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published_report, "document_of", lambda: document)
     done = CliRunner().invoke(main, ["--out", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output
     written = {path.name for path in (tmp_path / "new").iterdir()}

@@ -76,7 +76,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
 BITS = st.one_of(st.integers(1, 16).map(float), st.floats(1, 16))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     machine=accelerators(),
     models=st.lists(shapes(), min_size=1, max_size=2),
