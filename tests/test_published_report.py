@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from termwise.flow import published_report
 from termwise.flow.published_report import COMMAND, document_of, main, report_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "reports" / "published-vs-cycle"
