@@ -651,7 +651,8 @@ def _calibration(
     default="cycle",
     show_default=True,
     metavar="MODEL_OF",
-    help="cycle: the cycle-level simulator; published: the closed form of the BitMoD paper.",
+    help="cycle: the cycle-level simulator; published, published-2025: the closed form of the BitMoD paper, and its "
+    "later state.",
 )
 @_json_option
 def simulate(
@@ -670,22 +671,24 @@ def simulate(
     from termwise.algorithms.workload import check_phase
     from termwise.flow.subject import open_subject
     from termwise.sim.accelerators import get_accelerator
+    from termwise.sim.published import PUBLISHED_STATES, simulate_published
 
     accelerator = get_accelerator(accelerator_name)
     checked = check_phase(phase)
     format = None if format_name is None else get_format(format_name)
-    if model_of not in ("cycle", "published"):
-        raise unknown_name("model of the hardware", model_of, ("cycle", "published"))
-    if model_of == "published" and format is not None:
+    state = PUBLISHED_STATES.get(model_of)
+    if state is None and model_of != "cycle":
+        raise unknown_name("model of the hardware", model_of, ("cycle", *PUBLISHED_STATES))
+    if state is not None and format is not None:
         raise InputError(
             f"--format {format.name}: the published model has its own weight precisions; expected no --format with "
-            "--model-of published"
+            f"--model-of {model_of}"
         )
     shape = open_subject(model).shape
-    if model_of == "published":
-        from termwise.sim.published import simulate_published
-
-        document = simulate_published(shape, accelerator, phase=checked, context=context, batch=batch).to_dict()
+    if state is not None:
+        document = simulate_published(
+            shape, accelerator, phase=checked, context=context, batch=batch, state=state
+        ).to_dict()
     else:
         from termwise.sim.simulate import simulate as simulate_cycles
 
@@ -725,7 +728,7 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
 
 
 def _print_simulation(document: dict[str, Any]) -> None:
-    published = document["model_of"] == "published"
+    published = document["model_of"] != "cycle"
     stored = f"{document['weight_bits']:.4g} bits per weight" if published else document["format"]
     title = (
         f"{document['model']} on {document['accelerator']}, {stored}, {document['phase']}, context "
@@ -760,7 +763,7 @@ def _print_simulation(document: dict[str, Any]) -> None:
             left=2,
         )
     else:
-        console.print_text(f"{title}: the published closed form")
+        console.print_text(f"{title}: the closed form {document['model_of']}")
     cycles = document["cycles"]
     console.print_text(
         f"latency: {cycles:,} cycles, {console.number(document['latency_ms'])} ms at {document['clock_mhz']:,} MHz"
@@ -776,9 +779,20 @@ def _print_simulation(document: dict[str, Any]) -> None:
         f"{name} {document[key]:,} ({100 * document[key] / max(cycles, 1):.1f} %)" for name, key in causes
     )
     console.print_text(f"cycles by cause: {shares}")
-    energy = document["energy_uj"]
-    parts = [("PEs", "pe_energy_uj"), ("buffers", "sram_energy_uj"), ("DRAM", "dram_energy_uj")]
-    split = ", ".join(f"{name} {100 * document[key] / energy:.1f} %" for name, key in parts) if energy else "–"
+    if published:
+        of_part = document["energy_uj"]
+        energy = of_part["total"]
+        parts = [
+            ("PEs", of_part["pe"]),
+            ("buffer reads", of_part["sram_read"]),
+            ("buffer writes", of_part["sram_write"]),
+            ("DRAM", of_part["dram"]),
+        ]
+    else:
+        energy = document["energy_uj"]
+        keys = [("PEs", "pe_energy_uj"), ("buffers", "sram_energy_uj"), ("DRAM", "dram_energy_uj")]
+        parts = [(name, document[key]) for name, key in keys]
+    split = ", ".join(f"{name} {100 * part / energy:.1f} %" for name, part in parts) if energy else "–"
     console.print_text(f"energy: {console.number(energy)} µJ: {split}")
     console.print_text(f"DRAM traffic: {document['traffic_bytes']:,} bytes")
     for note in document["notes"]:

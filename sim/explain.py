@@ -1,41 +1,53 @@
 """Why the cycle-level simulation and the published model differ, as numbers that add up.
 
-The published model (``termwise.sim.published``) is changed into the cycle-level one (``termwise.sim.simulate``) in five
-steps, each of which computes all products again; a step's reason is the change of the total in cycles. The reasons
-add up to the difference exactly. Their sizes depend on the order of the steps, which is:
+The published model (``termwise.sim.published``, either state) is changed into the cycle-level one
+(``termwise.sim.simulate``) in seven steps, each of which computes all products again; a step's reason is the change of
+the total in cycles. The reasons add up to the difference exactly. Their sizes depend on the order of the steps:
 
 1. ``head_tokens``: the logits only after the last token of a sequence, not after all of them (prefill).
 2. ``attention_shape``: each key-value head by itself with its true sizes, and keys and values at their own width.
-3. ``weight_format``: bytes of the packed format with all its metadata, and the PE's cycles for this format, in place
-   of the published average of bits per weight.
-4. ``refetch``: the traffic of the plan, which keeps operands in halves of buffers and splits long reductions, in
+3. ``weight_precision``: the bits of the format's codes and the PE's cycles for this format, in place of the published
+   bits per weight.
+4. ``weight_metadata``: the bytes of the packed format beyond its codes: scales and selectors.
+5. ``refetch``: the traffic of the plan, which keeps operands in halves of buffers and splits long reductions, in
    place of the published rule.
-5. ``overlap``: waiting for first loads, pipeline fill and drain, write-backs, and everything that two servers with
-   finite buffers cannot do at the same time.
+6. ``overlap``: first loads, write-backs, and all else that two servers with finite buffers cannot do at the same time.
+7. ``fill_and_drain``: the pipeline of the array, and the scaling of groups that nothing hides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.shapes import ModelShape, known_shape
-from termwise.algorithms.workload import PHASES, Gemm, Phase, check_count, check_phase, workload
-from termwise.sim.accelerators import Accelerator, accelerator_names, get_accelerator
+from termwise.algorithms.workload import Gemm, Phase, check_count, check_phase, workload
+from termwise.sim.accelerators import Accelerator, get_accelerator
 from termwise.sim.cycle import ACTIVATION_BYTES, OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
+    PUBLISHED_2024,
+    PublishedState,
     published_cost,
     published_fetches,
     published_gemms,
     published_weight_bits,
     simulate_published,
 )
-from termwise.sim.simulate import product_of, simulate
+from termwise.sim.simulate import Simulation, product_of, simulate
 
-REASONS = ("head_tokens", "attention_shape", "weight_format", "refetch", "overlap")
+REASONS = (
+    "head_tokens",
+    "attention_shape",
+    "weight_precision",
+    "weight_metadata",
+    "refetch",
+    "overlap",
+    "fill_and_drain",
+)
 """The reasons, in the order in which the published model is changed."""
 
 CLASSES = ("linear", "head", "keys", "values")
@@ -67,6 +79,7 @@ class Cost:
 class Explanation:
     """Both models side by side. ``reasons`` (cycles by name) add up to ``cycles`` − ``published_cycles``."""
 
+    state: str
     model: str
     accelerator: str
     format: str
@@ -74,6 +87,8 @@ class Explanation:
     context: int
     published_cycles: int
     cycles: int
+    published_energy_uj: float
+    energy_uj: float
     reasons: dict[str, int]
     published_classes: dict[str, Cost]
     cycle_classes: dict[str, Cost]
@@ -86,6 +101,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, units in the names."""
         return {
+            "state": self.state,
             "model": self.model,
             "accelerator": self.accelerator,
             "format": self.format,
@@ -94,6 +110,8 @@ class Explanation:
             "published_cycles": self.published_cycles,
             "cycles": self.cycles,
             "ratio": self.ratio,
+            "published_energy_uj": self.published_energy_uj,
+            "energy_uj": self.energy_uj,
             "reason_cycles": dict(self.reasons),
             "classes": {
                 name: {"published": self.published_classes[name].to_dict(), "cycle": self.cycle_classes[name].to_dict()}
@@ -109,6 +127,18 @@ def _closed_form(product: Product, accelerator: Accelerator) -> Cost:
     traffic = product.weight_total_bytes * weight_fetches + input_bytes * input_fetches
     traffic += product.tokens * product.outputs * OUTPUT_BYTES
     return _perfect_overlap(product, traffic)
+
+
+def _codes_alone(
+    format: Format, rule: Callable[[Product, Accelerator], Cost]
+) -> Callable[[Product, Accelerator], Cost]:
+    """``rule`` on a product of weights that take the bits of their codes and nothing else."""
+
+    def cost(product: Product, accelerator: Accelerator) -> Cost:
+        code_bytes = ceil_divide(product.outputs * product.reduction * format.weight_bits, 8)
+        return rule(replace(product, weight_total_bytes=code_bytes), accelerator)
+
+    return cost
 
 
 def _planned(product: Product, _: Accelerator) -> Cost:
@@ -135,6 +165,12 @@ def _class_of(gemm: Gemm, head: str | None) -> str:
     return "head" if gemm.name == head else "linear"
 
 
+@lru_cache(maxsize=256)
+def _simulation(shape: ModelShape, accelerator: Accelerator, phase: Phase, weights: Format, context: int) -> Simulation:
+    """The cycle-level simulation, which does not depend on the state of the published model."""
+    return simulate(shape, accelerator, phase=phase, weights=weights, context=context)
+
+
 def explain(
     shape: ModelShape,
     accelerator: Accelerator,
@@ -142,8 +178,11 @@ def explain(
     phase: Phase,
     weights: Format | None = None,
     context: int = 256,
+    state: PublishedState = PUBLISHED_2024,
 ) -> Explanation:
     """Split the difference between both models of one prefill, or of one decoded token, into named reasons.
+
+    ``state`` is that of the published model.
 
     Raises ``InputError`` as ``termwise.sim.simulate.simulate`` and ``termwise.sim.published.simulate_published`` do.
     """
@@ -151,16 +190,17 @@ def explain(
     check_count("context", context)
     if weights is None:
         weights = get_format(accelerator.default_format(phase))
-    weight_bits, _ = published_weight_bits(shape.name, accelerator.system, phase)
+    weight_bits = published_weight_bits(shape.name, accelerator.system, phase, state)
+    key_value_bits = state.key_value_bits[accelerator.system]
     gemms = workload(shape, phase=phase, context=context, batch=1)
     products = [(gemm, product_of(gemm, accelerator, phase, weights)) for gemm in gemms]
 
     def published_total(logits_of_last_token: bool) -> dict[str, Cost]:
         classes = {name: Cost() for name in CLASSES}
-        for gemm, count in published_gemms(shape, phase, context, weight_bits).items():
+        for gemm, count in published_gemms(shape, phase, context, weight_bits, key_value_bits, state).items():
             if gemm.kind == "head" and logits_of_last_token:
                 gemm = replace(gemm, tokens=1)
-            cost = published_cost(gemm, accelerator, phase, weight_bits)
+            cost = published_cost(gemm, accelerator, phase, weight_bits, state)
             classes[gemm.kind] = classes[gemm.kind].plus(
                 Cost(
                     compute_cycles=count * cost.compute_cycles,
@@ -171,7 +211,7 @@ def explain(
         return classes
 
     def product_total(names: tuple[str, ...], rule: Callable[[Product, Accelerator], Cost]) -> dict[str, Cost]:
-        classes = {name: Cost() for name in CLASSES}
+        classes = {name: Cost() for name in names}
         for gemm, product in products:
             name = _class_of(gemm, shape.head)
             if name in names:
@@ -187,24 +227,41 @@ def explain(
 
     published = published_total(logits_of_last_token=False)
     with_head = published_total(logits_of_last_token=True)
-    with_attention = {**with_head, **_only(product_total(("keys", "values"), _closed_form), ("keys", "values"))}
-    with_format = product_total(CLASSES, _closed_form)
+    with_attention = {**with_head, **product_total(("keys", "values"), _closed_form)}
+    weight_classes = ("linear", "head")
+    with_precision = {**with_attention, **product_total(weight_classes, _codes_alone(weights, _closed_form))}
+    with_metadata = product_total(CLASSES, _closed_form)
     with_refetch = product_total(CLASSES, _planned)
 
-    simulation = simulate(shape, accelerator, phase=phase, weights=weights, context=context)
-    simulated = {name: Cost() for name in CLASSES}
-    for gemm, layer in zip(gemms, simulation.layers, strict=True):
-        name = _class_of(gemm, shape.head)
-        simulated[name] = simulated[name].plus(
-            Cost(
-                compute_cycles=layer.compute_cycles,
-                dram_cycles=ceil_divide(layer.traffic.total_bytes, accelerator.dram_bytes_per_cycle),
-                cycles=layer.cycles,
+    def simulated(machine: Accelerator) -> dict[str, Cost]:
+        classes = {name: Cost() for name in CLASSES}
+        simulation = _simulation(shape, machine, phase, weights, context)
+        for gemm, layer in zip(gemms, simulation.layers, strict=True):
+            name = _class_of(gemm, shape.head)
+            classes[name] = classes[name].plus(
+                Cost(
+                    compute_cycles=layer.compute_cycles,
+                    dram_cycles=ceil_divide(layer.traffic.total_bytes, machine.dram_bytes_per_cycle),
+                    cycles=layer.cycles,
+                )
             )
-        )
-    stages = [published, with_head, with_attention, with_format, with_refetch, simulated]
+        return classes
+
+    without_pipeline = simulated(replace(accelerator, fill_drain_cycles=0, dequantization_cycles=0))
+    with_pipeline = simulated(accelerator)
+    stages = [
+        published,
+        with_head,
+        with_attention,
+        with_precision,
+        with_metadata,
+        with_refetch,
+        without_pipeline,
+        with_pipeline,
+    ]
     totals = [sum(cost.cycles for cost in stage.values()) for stage in stages]
     return Explanation(
+        state=state.name,
         model=shape.name,
         accelerator=accelerator.name,
         format=weights.name,
@@ -212,81 +269,12 @@ def explain(
         context=context,
         published_cycles=totals[0],
         cycles=totals[-1],
+        published_energy_uj=simulate_published(shape, accelerator, phase=phase, context=context, state=state).energy_uj,
+        energy_uj=_simulation(shape, accelerator, phase, weights, context).energy.total_uj,
         reasons={name: totals[index + 1] - totals[index] for index, name in enumerate(REASONS)},
         published_classes=published,
-        cycle_classes=simulated,
+        cycle_classes=with_pipeline,
     )
-
-
-def _only(classes: dict[str, Cost], names: tuple[str, ...]) -> dict[str, Cost]:
-    return {name: classes[name] for name in names}
-
-
-PUBLISHED_MODELS = ("opt-1.3b", "phi-2", "yi-6b", "llama-2-7b", "llama-2-13b", "llama-3-8b")
-"""The models of the BitMoD paper."""
-
-
-def markdown_table(explanations: list[Explanation]) -> str:
-    """A table of both models' cycles, with each reason in percent of the published cycles."""
-    lines = [
-        "| model | accelerator | published cycles | simulated cycles | ratio | logits | attention | format | refetch "
-        "| overlap |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for entry in explanations:
-        reasons = " | ".join(f"{100 * entry.reasons[name] / entry.published_cycles:+.1f} %" for name in REASONS)
-        lines.append(
-            f"| {entry.model} | {entry.accelerator} | {entry.published_cycles:,} | {entry.cycles:,} "
-            f"| {entry.ratio:.3f} | {reasons} |"
-        )
-    return "\n".join(lines)
-
-
-HEADLINES = (
-    ("bitmod-lossless", "fp16"),
-    ("bitmod-lossy", "fp16"),
-    ("bitmod-lossy", "ant"),
-    ("bitmod-lossy", "olive"),
-)
-"""The comparisons of the paper's abstract and figures: an accelerator, and the one that it is compared with."""
-
-DECODED_TOKENS = 20
-
-
-def headline_table() -> str:
-    """Mean speed and energy ratios over the six models in both models: prefill, and prefill with decoded tokens."""
-    cost: dict[tuple[str, str, Phase, str], tuple[float, float]] = {}
-    for name in accelerator_names():
-        for model in PUBLISHED_MODELS:
-            for phase in PHASES:
-                shape, accelerator = known_shape(model), get_accelerator(name)
-                published = simulate_published(shape, accelerator, phase=phase)
-                simulated = simulate(shape, accelerator, phase=phase)
-                cost[name, model, phase, "published"] = published.cycles, published.energy_uj
-                cost[name, model, phase, "cycle"] = simulated.cycles, simulated.energy.total_uj
-
-    def mean_ratio(name: str, over: str, model_of: str, quantity: int, decoded_tokens: int) -> float:
-        def total(accelerator: str, model: str) -> float:
-            prefill = cost[accelerator, model, "prefill", model_of][quantity]
-            return prefill + decoded_tokens * cost[accelerator, model, "decode", model_of][quantity]
-
-        ratios = [total(over, model) / total(name, model) for model in PUBLISHED_MODELS]
-        return sum(ratios) / len(ratios)
-
-    lines = [
-        f"| quantity | comparison | prefill, published | prefill, simulated | with {DECODED_TOKENS} tokens, published "
-        f"| with {DECODED_TOKENS} tokens, simulated |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for quantity, label in enumerate(("speed", "energy")):
-        for name, over in HEADLINES:
-            values = " | ".join(
-                f"{mean_ratio(name, over, model_of, quantity, tokens):.2f}"
-                for tokens in (0, DECODED_TOKENS)
-                for model_of in ("published", "cycle")
-            )
-            lines.append(f"| {label} | {name} over {over} | {values} |")
-    return "\n".join(lines)
 
 
 def batch_table() -> str:
@@ -311,21 +299,5 @@ def batch_table() -> str:
     return "\n".join(lines)
 
 
-def documented_tables() -> dict[str, str]:
-    """The tables of ``docs/simulator.md`` by name."""
-    tables: dict[str, str] = {
-        phase: markdown_table(
-            [
-                explain(known_shape(model), get_accelerator(accelerator), phase=phase)
-                for model in PUBLISHED_MODELS
-                for accelerator in accelerator_names()
-            ]
-        )
-        for phase in PHASES
-    }
-    return {**tables, "headlines": headline_table(), "batch": batch_table()}
-
-
 if __name__ == "__main__":
-    for table in documented_tables().values():
-        print(table, end="\n\n")
+    print(batch_table())

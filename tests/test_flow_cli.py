@@ -23,7 +23,7 @@ from termwise.algorithms.text import read_text
 from termwise.flow import cli
 from termwise.flow.cli import main
 from termwise.sim.accelerators import get_accelerator
-from termwise.sim.published import simulate_published
+from termwise.sim.published import PUBLISHED_STATES, simulate_published
 from termwise.sim.simulate import simulate
 
 
@@ -238,7 +238,8 @@ def test_simulate_says_what_the_simulator_says(accelerator: str, phase: Any) -> 
     assert all(note in text for note in expected.notes)
 
 
-def test_simulate_gives_the_published_model() -> None:
+@pytest.mark.parametrize("state", PUBLISHED_STATES)
+def test_simulate_gives_the_published_model(state: str) -> None:
     document = document_of(
         run(
             "simulate",
@@ -246,15 +247,26 @@ def test_simulate_gives_the_published_model() -> None:
             "--accelerator",
             "bitmod-lossy",
             "--model-of",
-            "published",
+            state,
             "--phase",
             "decode",
             "--json",
         )
     )
-    expected = simulate_published(known_shape("yi-6b"), get_accelerator("bitmod-lossy"), phase="decode")
+    expected = simulate_published(
+        known_shape("yi-6b"), get_accelerator("bitmod-lossy"), phase="decode", state=PUBLISHED_STATES[state]
+    )
     assert document == json.loads(json.dumps(expected.to_dict()))
-    assert document["cycles"] == expected.cycles
+    assert (document["model_of"], document["cycles"], document["latency_ms"]) == (
+        state,
+        expected.cycles,
+        expected.latency_ms,
+    )
+    assert set(document["energy_uj"]) == {"pe", "sram_read", "sram_write", "dram", "total"}
+    text = run("simulate", "yi-6b", "--accelerator", "bitmod-lossy", "--model-of", state, "--phase", "decode").stdout
+    assert f"the closed form {state}" in text
+    assert f"{expected.cycles:,} cycles" in text
+    assert "buffer reads" in text
 
 
 def test_simulate_takes_a_model_on_disk(small_model: Path) -> None:
@@ -317,6 +329,11 @@ def test_doctor_exits_with_3_where_a_package_is_missing(monkeypatch: pytest.Monk
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--batch", "two"], ["'two' is not a valid integer"]),
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--model-of", "cycles"], ["did you mean 'cycle'"]),
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--model-of", "published", "--batch", "2"], ["batch"]),
+        (
+            ["simulate", "mistral-7b", "--accelerator", "olive", "--model-of", "published-2025"],
+            ["olive", "mistral-7b", "prefill", "llama-2-7b"],
+        ),
+        (["simulate", "opt-1.3b", "--accelerator", "ant", "--model-of", "publish"], ["publish", "published-2025"]),
         (["simulate", "opt1.3b", "--accelerator", "ant"], ["did you mean 'opt-1.3b'"]),
         (["report", "no-such-run"], ["no-such-run", "folder of a run"]),
         (["sweep", "none.toml"], ["none.toml"]),

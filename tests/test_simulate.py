@@ -19,9 +19,9 @@ from termwise.algorithms.workload import PHASES, Phase, workload
 from termwise.sim.accelerators import accelerator_names, get_accelerator
 from termwise.sim.cycle import CycleCount, TileProgram, run_tile_program
 from termwise.sim.cycle_reference import run_tile_program_by_cycles
-from termwise.sim.explain import REASONS, documented_tables, explain
+from termwise.sim.explain import REASONS, batch_table, explain
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic, tile_counts
-from termwise.sim.published import simulate_published
+from termwise.sim.published import PUBLISHED_2025, PUBLISHED_STATES, PublishedState, simulate_published
 from termwise.sim.simulate import Simulation, product_of, simulate
 
 Runner = Callable[[TileProgram], CycleCount]
@@ -314,8 +314,8 @@ def test_both_models_speak_with_the_same_keys(small_shape: ModelShape) -> None:
     published = simulate_published(small_shape, accelerator, phase="decode").to_dict()
     assert simulated["model_of"] == "cycle"
     assert published["model_of"] == "published"
-    only_published = {"weight_bits", "sram_read_energy_uj", "sram_write_energy_uj"}
-    assert set(published) - set(simulated) == only_published
+    assert set(published) - set(simulated) == {"weight_bits"}
+    assert set(published["energy_uj"]) == {"pe", "sram_read", "sram_write", "dram", "total"}
 
 
 @pytest.mark.parametrize("accelerator", accelerator_names())
@@ -426,26 +426,46 @@ def test_progress_counts_the_distinct_products(small_shape: ModelShape) -> None:
 
 @pytest.mark.parametrize("accelerator", accelerator_names())
 @pytest.mark.parametrize("phase", PHASES)
-def test_reasons_add_up_to_the_difference(accelerator: str, phase: Phase) -> None:
+@pytest.mark.parametrize("state", PUBLISHED_STATES.values(), ids=PUBLISHED_STATES)
+def test_reasons_add_up_to_the_difference(accelerator: str, phase: Phase, state: PublishedState) -> None:
     shape, machine = known_shape("llama-3-8b"), get_accelerator(accelerator)
-    explanation = explain(shape, machine, phase=phase)
-    assert explanation.published_cycles == simulate_published(shape, machine, phase=phase).cycles
-    assert explanation.cycles == simulate(shape, machine, phase=phase).cycles
+    explanation = explain(shape, machine, phase=phase, state=state)
+    published = simulate_published(shape, machine, phase=phase, state=state)
+    simulated = simulate(shape, machine, phase=phase)
+    assert (explanation.published_cycles, explanation.published_energy_uj) == (published.cycles, published.energy_uj)
+    assert (explanation.cycles, explanation.energy_uj) == (simulated.cycles, simulated.energy.total_uj)
     assert tuple(explanation.reasons) == REASONS
     assert sum(explanation.reasons.values()) == explanation.cycles - explanation.published_cycles
     assert explanation.reasons["overlap"] > 0
+    assert explanation.reasons["weight_metadata"] >= 0
     if phase == "decode":
         assert explanation.reasons["head_tokens"] == 0
     if accelerator == "fp16":
-        assert explanation.reasons["weight_format"] == 0
+        assert explanation.reasons["weight_precision"] == explanation.reasons["weight_metadata"] == 0
     document = explanation.to_dict()
+    assert document["state"] == state.name
     assert json.loads(json.dumps(document)) == document
     for model in ("published", "cycle"):
         total = sum(entry[model]["cycles"] for entry in document["classes"].values())
         assert total == document["published_cycles" if model == "published" else "cycles"]
 
 
-def test_documented_tables_are_what_the_code_computes() -> None:
+def test_the_attention_of_2025_has_the_true_shapes() -> None:
+    """One key-value head, the same width of keys and values: nothing is left for the reason ``attention_shape``."""
+    shape = ModelShape(
+        name="one head",
+        linears=(LinearShape(name="fc", outputs=64, inputs=64),),
+        attention=AttentionShape(layers=2, heads=1, key_value_heads=1, head_size=64),
+        head=None,
+    )
+    for accelerator in ("fp16", "bitmod-lossy"):
+        for phase in PHASES:
+            machine = get_accelerator(accelerator)
+            explanation = explain(shape, machine, phase=phase, state=PUBLISHED_2025)
+            assert explanation.reasons["attention_shape"] == 0
+            assert explain(shape, machine, phase=phase).reasons["attention_shape"] != 0
+
+
+def test_the_documented_table_is_what_the_code_computes() -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    for name, table in documented_tables().items():
-        assert table in text, f"the table {name!r} of docs/simulator.md is out of date: python -m termwise.sim.explain"
+    assert batch_table() in text, "docs/simulator.md is out of date: python -m termwise.sim.explain"
