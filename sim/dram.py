@@ -340,12 +340,12 @@ def _hbm2e() -> Dram:
         refresh_interval_ns=3900,
         energy_pj_per_bit=3.92,
         sources=(
-            "One stack: 8 channels of two 64-bit pseudo-channels, 16 banks in 4 groups, 1 KB pages, BL4 (JEDEC JESD235, "
-            "pseudo-channel mode); 3.6 Gb/s a pin, 460.8 GB/s.",
+            "One stack: 8 channels of two 64-bit pseudo-channels, 16 banks in 4 groups, 1 KB pages, BL4 (JEDEC "
+            "JESD235, pseudo-channel mode); 3.6 Gb/s a pin, 460.8 GB/s.",
             "tRCD, tRP, tRAS, CL, CWL, tRTP, tWR, tWTR_L: DRAMsim3, configs/HBM2_8Gb_x128.ini, in ns. JESD235 leaves "
             "them to the vendor, whose HBM2E values are not public: typical, and those of HBM2.",
-            "tRFC = 350 ns for 8 Gb a channel, tREFI = 3.9 us: JEDEC JESD235D as given by Ramulator 2. tRTW: two clocks "
-            "of idle bus, Ramulator 2.",
+            "tRFC = 350 ns for 8 Gb a channel, tREFI = 3.9 us: JEDEC JESD235D as given by Ramulator 2. tRTW: two "
+            "clocks of idle bus, Ramulator 2.",
             "Energy: 3.92 pJ/bit of HBM2, ECC included: O'Connor et al., Fine-Grained DRAM, MICRO 2017, section 2; no "
             "figure for HBM2E was found.",
         ),
@@ -431,7 +431,8 @@ def get_dram(name: str) -> Dram:
     what = "channels" if dram.ideal_bytes_per_cycle is None else "ideal_bytes_per_cycle"
     if re.fullmatch("[1-9][0-9]{0,3}", count) is None:
         raise InputError(
-            f"memory {name!r}: the count of {what} is {count!r}; expected a whole number from 1 to 9999, such as {kind}@8"
+            f"memory {name!r}: the count of {what} is {count!r}; "
+            f"expected a whole number from 1 to 9999, such as {kind}@8"
         )
     if what == "channels":
         return dataclasses.replace(dram, name=name, channels=int(count))
@@ -563,10 +564,7 @@ def _serve_burst(
         state[base + OPEN_ROW] = row
         state[base + COLUMN_READY] = column_ready
         state[base + CLOSE_READY] = activate + timing.row_active_ps
-    if direction == READ:
-        close_ready = column + timing.read_to_precharge_ps
-    else:
-        close_ready = data_end + timing.write_recovery_ps
+    close_ready = column + timing.read_to_precharge_ps if direction == READ else data_end + timing.write_recovery_ps
     state[base + CLOSE_READY] = max(state[base + CLOSE_READY], close_ready)
     if state[channel + DIRECTION] == 1 - direction:
         state[TURNAROUNDS] += 1
