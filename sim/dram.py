@@ -151,8 +151,8 @@ class Dram:
         if self.ideal_bytes_per_cycle is not None:
             if not _is_count(self.ideal_bytes_per_cycle):
                 raise self._error("ideal_bytes_per_cycle", "a whole number of bytes from 1")
-            for field in dataclasses.fields(self)[1:-3]:
-                if getattr(self, field.name) != 0:
+            for field in dataclasses.fields(self):
+                if field.default == 0 and getattr(self, field.name) != 0:
                     raise self._error(field.name, "0, because ideal_bytes_per_cycle is given and decides alone")
             return
         for name in (

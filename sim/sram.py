@@ -20,7 +20,8 @@ Their coefficients are fitted to CACTI 7 by ``python -m termwise.sim.sram_fit``,
 together with the errors. The points (``sram_points.json``) are runs of CACTI in the configuration that gave the
 published ones: they reproduce all nine buffers of BitMoD (eight banks of 64 KiB) and the banks of 4 and 8 KiB of ANT to
 every printed digit. CACTI does not move smoothly, because it picks another organization from point to point; that is
-most of the error. ``SramModel`` refuses what lies outside the points: banks from 1 KiB to 4 MiB, 16 to 512 bits a bank.
+most of the error. ``SramModel`` refuses what lies outside the points: banks from 1 KiB to 4 MiB, 16 to 512 bits of a
+word in a bank, at least 32 words (CACTI finds no organization for fewer).
 
 Relative errors over the 98 points, root mean square / largest, in per cent (``tests/test_sram.py`` holds the numbers):
 
@@ -36,10 +37,10 @@ leakage     4.3 / 16.4   4.8 / 19.1                   6.5 / 30.0                
 
 (The published banks are among the points of the fit.)
 
-What is thin: published are only banks of 4, 8 and 64 KiB (and one of 128 B by ANT, outside the range, which this
-configuration does not reproduce: 0.264 against 0.295 pJ a read); everything else rests on CACTI alone, at one technology
-(28 nm, high-performance transistors, 360 K, one read and one write port). Leakage is CACTI's too, with no published
-value beside it; at 360 K with these transistors it is high.
+What is thin: published are only banks of 4, 8 and 64 KiB, and one of 128 B by ANT, which is outside the range and which
+this configuration does not reproduce (0.264 against 0.295 pJ a read). Everything else rests on CACTI alone, at one
+technology (28 nm, high-performance transistors, 360 K, one read and one write port). Leakage is CACTI's too, with no
+published value beside it; at 360 K with these transistors it is high.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from termwise.algorithms.errors import InputError
 
 SMALLEST_BANK_BYTES, LARGEST_BANK_BYTES = 1024, 4 << 20
 NARROWEST_BANK_BITS, WIDEST_BANK_BITS = 16, 512
+FEWEST_WORDS = 32
 SMALLEST_BUFFER_BYTES, LARGEST_BUFFER_BYTES = 4 << 10, 4 << 20
 
 
@@ -134,7 +136,7 @@ class SramModel:
         banks: banks that share every word.
 
     Raises ``InputError`` where the model has no points: banks below 1 KiB, fewer than 16 or more than 512 bits of a
-    word in a bank.
+    word in a bank, or fewer than 32 words.
     """
 
     capacity_bytes: int
@@ -161,6 +163,11 @@ class SramModel:
             raise InputError(
                 f"buffer: words of {self.word_bits} bits in {self.banks} banks; expected "
                 f"{NARROWEST_BANK_BITS} to {WIDEST_BANK_BITS} bits of a word in a bank, the range of the model"
+            )
+        if 8 * self.capacity_bytes < FEWEST_WORDS * self.word_bits:
+            raise InputError(
+                f"buffer: {self.capacity_bytes} bytes in words of {self.word_bits} bits; "
+                f"expected at least {FEWEST_WORDS} words, the range of the model"
             )
 
     def _of_bank(self, quantity: str) -> float:

@@ -55,8 +55,8 @@ def fit(points: NDArray[np.float64], quantity: str) -> SramCoefficients:
         scale[scale == 0] = 1
         scaled, residual = nnls(terms / scale, np.ones(len(values)))
         if best is None or residual < best[0]:
-            rounded = [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in scaled / scale]
-            best = residual, SramCoefficients(*rounded, overlap=overlap)
+            base, wires, data_tree, word, cells = (float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in scaled / scale)
+            best = residual, SramCoefficients(base, wires, data_tree, word, cells, overlap)
     assert best is not None
     return best[1]
 

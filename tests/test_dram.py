@@ -188,6 +188,18 @@ def test_stream_stays_within_its_bound_of_the_peak(name: str, direction: int) ->
 
 
 @pytest.mark.parametrize("name", DEVICES)
+def test_a_stream_without_refresh_waits_only_once(name: str) -> None:
+    """4 GiB take tRCD, CL and their bursts, to the picosecond."""
+    dram = dataclasses.replace(get_dram(name), refresh_interval_ns=0)
+    timing = dram.timing(1000)
+    size = 4 << 30
+    (end,), _ = run_kernel(timing, [(0, size, READ, 0)])
+    bursts_of_channel = size // timing.burst_bytes // timing.channels
+    picoseconds = timing.row_to_column_ps + timing.read_latency_ps + bursts_of_channel * timing.burst_ps
+    assert end == -(-picoseconds // 1000)
+
+
+@pytest.mark.parametrize("name", DEVICES)
 def test_a_stream_in_pieces_takes_as_long_as_in_one(name: str) -> None:
     timing = get_dram(name).timing(1000)
     size, piece = 1 << 18, 1 << 14

@@ -22,7 +22,6 @@ from termwise.sim.sram_fit import (
 )
 
 BANK_BYTES = [1 << exponent for exponent in range(10, 23)]
-WIDTH_BITS = [16, 32, 64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("table", load_points()["published"], ids=lambda table: table["source"][:20])
@@ -83,7 +82,7 @@ def test_nothing_shrinks_with_capacity(quantity: str) -> None:
         values = [
             getattr(SramModel(capacity_bytes=size, word_bits=word_bits, banks=banks), quantity)
             for size in BANK_BYTES
-            if size >= max(4096, 1024 * banks)
+            if size >= max(4096, 1024 * banks) and word_bits >= 16 * banks
         ]
         assert values == sorted(values)
 
@@ -110,6 +109,7 @@ def test_banks_add_up() -> None:
         ({"capacity_bytes": 4096, "banks": 8, "word_bits": 128}, "a bank"),
         ({"word_bits": 8}, "bits of a word"),
         ({"word_bits": 1024, "banks": 1}, "bits of a word"),
+        ({"capacity_bytes": 4096, "banks": 4, "word_bits": 2048}, "32 words"),
         ({"word_bits": 0}, "word_bits"),
         ({"banks": True}, "banks"),
         ({"capacity_bytes": 65536.0}, "capacity_bytes"),
