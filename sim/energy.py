@@ -1,0 +1,154 @@
+"""Energy per event, as sets: every constant of one set has a technology and a source.
+
+An event that a set does not know is None, never 0: a simulation that meets it has no energy, and says which event it
+was. A constant that stands elsewhere is taken from there and not restated: the energies of PEs and of external memory
+from ``termwise.sim.accelerators``, the table of the buffers from ``termwise.sim.memory``, their model from
+``termwise.sim.sram``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from termwise.algorithms.errors import InputError, unknown_name
+from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.memory import buffer_access_pj
+from termwise.sim.sram import SramModel
+
+TABLE_CAPACITY_BYTES, TABLE_BANKS = 512 * 1024, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergySet:
+    """Energy per event. Everything that is None is not known to this set.
+
+    Attributes:
+        name: as ``get_energy_set`` takes it.
+        technology: process and operating point.
+        pe_cycle_pj: (system, pJ) of one cycle of one PE that computes, everything inside it together, after place and
+            route.
+        term_pj: one term times one activation in one lane.
+        mac_pj: one multiply-accumulate.
+        alignment_pj: aligning one product to the group's exponent.
+        dequantization_pj: scaling one group's sum.
+        sram: where the energy of a buffer access comes from: ``"table"`` for the buffers of the BitMoD artifact
+            (512 KiB in 8 banks, by port width), ``"model"`` for ``termwise.sim.sram``.
+        dram_pj_per_bit: external memory, a bit moved.
+        pe_leakage_mw: standing power of one PE.
+        sources: where the constants come from, a sentence each.
+    """
+
+    name: str
+    technology: str
+    pe_cycle_pj: tuple[tuple[str, float], ...] = ()
+    term_pj: float | None = None
+    mac_pj: float | None = None
+    alignment_pj: float | None = None
+    dequantization_pj: float | None = None
+    sram: Literal["table", "model"] | None = None
+    dram_pj_per_bit: float | None = None
+    pe_leakage_mw: float | None = None
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse energies of 0 or less: an event that is not known is None."""
+        values: dict[str, float | None] = {f"pe_cycle_pj of {system}": energy for system, energy in self.pe_cycle_pj}
+        for name in ("term_pj", "mac_pj", "alignment_pj", "dequantization_pj", "dram_pj_per_bit", "pe_leakage_mw"):
+            values[name] = getattr(self, name)
+        for name, value in values.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(
+                    f"energy set {self.name!r}: {name} is {value!r}; expected a number above 0, or None if not known"
+                )
+
+    def processing_element_pj(self, system: str) -> float | None:
+        """Energy of one computing cycle of one PE of ``system`` (``Accelerator.system``), or None."""
+        return dict(self.pe_cycle_pj).get(system)
+
+    def sram_access_pj(
+        self, access: Literal["read", "write"], *, capacity_bytes: int, word_bits: int, banks: int
+    ) -> float | None:
+        """Energy of one access of the full width of a buffer's port, or None where the set does not know the buffer.
+
+        Raises ``InputError`` for a buffer that the model of the set has no points for.
+        """
+        if self.sram == "table" and (capacity_bytes, banks) == (TABLE_CAPACITY_BYTES, TABLE_BANKS):
+            return buffer_access_pj(access, word_bits)
+        if self.sram == "model":
+            model = SramModel(capacity_bytes=capacity_bytes, word_bits=word_bits, banks=banks)
+            return model.read_pj if access == "read" else model.write_pj
+        return None
+
+    def sram_leakage_mw(self, *, capacity_bytes: int, word_bits: int, banks: int) -> float | None:
+        """Standing power of a buffer, or None where the set does not know it."""
+        if self.sram != "model":
+            return None
+        return SramModel(capacity_bytes=capacity_bytes, word_bits=word_bits, banks=banks).leakage_mw
+
+
+_PE_SOURCE = (
+    "PE energies: constants of the simulator published with BitMoD (HPCA 2025), pJ a cycle in 28 nm times 1.5 for "
+    "place and route; they hold terms, alignment and dequantization together, which are therefore not known apart."
+)
+_DRAM_SOURCE = "External memory: 1200 pJ for 64 bits, BitMoD, section V-A."
+
+
+def _pe_cycle_pj() -> tuple[tuple[str, float], ...]:
+    accelerators = [get_accelerator(name) for name in accelerator_names()]
+    return tuple((entry.system, entry.pe_energy_pj_per_cycle * entry.place_and_route_factor) for entry in accelerators)
+
+
+def _bitmod_2024() -> EnergySet:
+    return EnergySet(
+        name="bitmod-2024",
+        technology="28 nm; buffers itrs-hp transistors at 360 K",
+        pe_cycle_pj=_pe_cycle_pj(),
+        sram="table",
+        dram_pj_per_bit=get_accelerator("fp16").dram_pj_per_bit,
+        sources=(
+            _PE_SOURCE,
+            "Buffers: CACTI 7, 512 KiB in 8 banks, by port width (termwise.sim.memory).",
+            _DRAM_SOURCE,
+        ),
+    )
+
+
+def _bitmod_2024_any_buffer() -> EnergySet:
+    return EnergySet(
+        name="bitmod-2024-any-buffer",
+        technology="28 nm; buffers itrs-hp transistors at 360 K",
+        pe_cycle_pj=_pe_cycle_pj(),
+        sram="model",
+        dram_pj_per_bit=get_accelerator("fp16").dram_pj_per_bit,
+        sources=(
+            _PE_SOURCE,
+            "Buffers: fitted to CACTI 7 in the configuration of bitmod-2024, any size, with leakage "
+            "(termwise.sim.sram).",
+            _DRAM_SOURCE,
+        ),
+    )
+
+
+_SETS: dict[str, Callable[[], EnergySet]] = {
+    "bitmod-2024": _bitmod_2024,
+    "bitmod-2024-any-buffer": _bitmod_2024_any_buffer,
+}
+
+
+def energy_set_names() -> tuple[str, ...]:
+    """The names that ``get_energy_set`` accepts."""
+    return tuple(_SETS)
+
+
+def get_energy_set(name: str) -> EnergySet:
+    """The set called ``name``. Raises ``InputError`` for an unknown name.
+
+    >>> get_energy_set("bitmod-2024").dram_pj_per_bit
+    18.75
+    """
+    make = _SETS.get(name)
+    if make is None:
+        raise unknown_name("energy set", name, energy_set_names())
+    return make()
