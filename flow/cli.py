@@ -756,7 +756,7 @@ def _print_simulation(document: dict[str, Any]) -> None:
                     *(f"{layer[key]:,}" for key in ("tokens", "reduction", "outputs", "repeats", "cycles")),
                     f"{100 * layer['pe_utilization']:.1f} %",
                     f"{layer['traffic_bytes']:,}",
-                    console.number(layer["energy_uj"]),
+                    console.number(layer["energy_uj"]["total"]),
                 )
                 for layer in document["layers"]
             ],
@@ -768,31 +768,25 @@ def _print_simulation(document: dict[str, Any]) -> None:
     console.print_text(
         f"latency: {cycles:,} cycles, {console.number(document['latency_ms'])} ms at {document['clock_mhz']:,} MHz"
     )
-    causes = [("compute", "compute_cycles")]
-    if not published:
-        causes += [
-            ("waiting for weights", "weight_stall_cycles"),
-            ("waiting for activations", "activation_stall_cycles"),
-            ("fill and drain", "drain_stall_cycles"),
-        ]
-    shares = ", ".join(
-        f"{name} {document[key]:,} ({100 * document[key] / max(cycles, 1):.1f} %)" for name, key in causes
-    )
+    if "tokens_per_second" in document:
+        console.print_text(
+            f"{console.number(document['tokens_per_second'])} tokens per second, "
+            f"{console.number(document['energy_per_token_uj'])} µJ per token"
+        )
+    titles = {
+        "weights": "waiting for weights",
+        "activations": "waiting for activations",
+        "drain": "fill and drain",
+        "dram": "waiting for DRAM",
+    }
+    causes = {"compute": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
+    shares = ", ".join(f"{name} {count:,} ({100 * count / max(cycles, 1):.1f} %)" for name, count in causes.items())
     console.print_text(f"cycles by cause: {shares}")
-    if published:
-        of_part = document["energy_uj"]
-        energy = of_part["total"]
-        parts = [
-            ("PEs", of_part["pe"]),
-            ("buffer reads", of_part["sram_read"]),
-            ("buffer writes", of_part["sram_write"]),
-            ("DRAM", of_part["dram"]),
-        ]
-    else:
-        energy = document["energy_uj"]
-        keys = [("PEs", "pe_energy_uj"), ("buffers", "sram_energy_uj"), ("DRAM", "dram_energy_uj")]
-        parts = [(name, document[key]) for name, key in keys]
-    split = ", ".join(f"{name} {100 * part / energy:.1f} %" for name, part in parts) if energy else "–"
+    energy = document["energy_uj"]["total"]
+    parts = [("PEs", "pe"), ("buffer reads", "sram_read"), ("buffer writes", "sram_write"), ("DRAM", "dram")]
+    split = (
+        ", ".join(f"{name} {100 * document['energy_uj'][key] / energy:.1f} %" for name, key in parts) if energy else "–"
+    )
     console.print_text(f"energy: {console.number(energy)} µJ: {split}")
     console.print_text(f"DRAM traffic: {document['traffic_bytes']:,} bytes")
     for note in document["notes"]:

@@ -220,7 +220,12 @@ def with_fronts(points: Sequence[Point]) -> tuple[Point, ...]:
 
 def _point(planned: PlannedPoint, outputs: Mapping[str, Any]) -> Point:
     """The computed point of a finished record."""
-    split = {part: float(outputs[part]) for part in ENERGY_PARTS}
+    energy = outputs["energy_uj"]
+    split = {
+        "pe_energy_uj": float(energy["pe"]),
+        "sram_energy_uj": float(energy["sram_read"] + energy["sram_write"]),
+        "dram_energy_uj": float(energy["dram"]),
+    }
     return Point(
         model=planned.model,
         format=planned.format,
@@ -231,9 +236,9 @@ def _point(planned: PlannedPoint, outputs: Mapping[str, Any]) -> Point:
         sqnr_db=outputs["sqnr_db"],
         mean_squared_error=outputs["mse"],
         bits_per_weight=outputs["bits_per_weight"],
-        latency_cycles=outputs["latency_cycles"],
+        latency_cycles=outputs["cycles"],
         latency_ms=outputs["latency_ms"],
-        energy_uj=outputs["energy_uj"],
+        energy_uj=energy["total"],
         energy_split_uj=split,
         traffic_bytes=outputs.get("traffic_bytes"),
         digest=planned.digest,

@@ -213,7 +213,7 @@ class PublishedSimulation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the keys of ``termwise.sim.simulate.Simulation.to_dict`` where both have them.
 
-        Energies in µJ are one map, by the published model's parts.
+        Its only stall is external memory: what a layer takes beyond its compute cycles.
         """
         return {
             "model_of": self.state,
@@ -226,9 +226,9 @@ class PublishedSimulation:
             "batch": 1,
             "clock_mhz": self.clock_mhz,
             "cycles": self.cycles,
-            "latency_cycles": self.cycles,
             "latency_ms": self.latency_ms,
-            "compute_cycles": self.compute_cycles,
+            "busy": self.compute_cycles,
+            "stalls": {"dram": self.cycles - self.compute_cycles},
             "traffic_bytes": self.traffic_bytes,
             "weight_traffic_bytes": self.weight_traffic_bytes,
             "activation_traffic_bytes": self.activation_traffic_bytes,

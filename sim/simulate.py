@@ -29,7 +29,7 @@ memory: energy per bit × traffic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from termwise.algorithms.formats import Format, get_format
@@ -46,13 +46,14 @@ class Energy:
     """Energy in µJ."""
 
     pe_uj: float
-    sram_uj: float
+    sram_read_uj: float
+    sram_write_uj: float
     dram_uj: float
 
     @property
     def total_uj(self) -> float:
         """PEs, buffers and external memory."""
-        return self.pe_uj + self.sram_uj + self.dram_uj
+        return self.pe_uj + self.sram_read_uj + self.sram_write_uj + self.dram_uj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,10 @@ class LayerSimulation:
             "repeats": self.repeats,
             "passes": self.passes,
             "cycles": self.cycles,
-            "compute_cycles": self.compute_cycles,
-            **_stalls_to_dict(self.stall_cycles),
+            "busy": self.compute_cycles,
+            "stalls": asdict(self.stall_cycles),
             **_traffic_to_dict(self.traffic),
-            **_energy_to_dict(self.energy),
+            "energy_uj": _energy_to_dict(self.energy),
             "pe_utilization": self.pe_utilization,
         }
 
@@ -130,8 +131,22 @@ class Simulation:
         """``cycles`` at the accelerator's clock."""
         return self.cycles / (self.clock_mhz * 1e3)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences that were read (prefill) or made (decode)."""
+        return self.batch * (self.context if self.phase == "prefill" else 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """``tokens`` over the latency."""
+        return self.tokens * 1e3 / self.latency_ms
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, units in the names."""
+        """JSON-ready, units in the names.
+
+        ``busy`` and the map ``stalls`` are cycles and sum to ``cycles``; so do the parts of the map ``energy_uj`` to
+        its ``total``.
+        """
         return {
             "model_of": "cycle",
             "model": self.model,
@@ -143,24 +158,17 @@ class Simulation:
             "clock_mhz": self.clock_mhz,
             "key_value_bits": self.key_value_bits,
             "cycles": self.cycles,
-            "latency_cycles": self.cycles,
             "latency_ms": self.latency_ms,
-            "compute_cycles": self.compute_cycles,
-            **_stalls_to_dict(self.stall_cycles),
+            "tokens_per_second": self.tokens_per_second,
+            "energy_per_token_uj": self.energy.total_uj / self.tokens,
+            "busy": self.compute_cycles,
+            "stalls": asdict(self.stall_cycles),
             **_traffic_to_dict(self.traffic),
-            **_energy_to_dict(self.energy),
+            "energy_uj": _energy_to_dict(self.energy),
             "pe_utilization": self.pe_utilization,
             "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
         }
-
-
-def _stalls_to_dict(stalls: StallCycles) -> dict[str, int]:
-    return {
-        "weight_stall_cycles": stalls.weights,
-        "activation_stall_cycles": stalls.activations,
-        "drain_stall_cycles": stalls.drain,
-    }
 
 
 def _traffic_to_dict(traffic: Traffic) -> dict[str, int]:
@@ -174,11 +182,11 @@ def _traffic_to_dict(traffic: Traffic) -> dict[str, int]:
 
 def _energy_to_dict(energy: Energy) -> dict[str, float]:
     return {
-        "energy_uj": energy.total_uj,
-        "on_chip_energy_uj": energy.pe_uj + energy.sram_uj,
-        "pe_energy_uj": energy.pe_uj,
-        "sram_energy_uj": energy.sram_uj,
-        "dram_energy_uj": energy.dram_uj,
+        "pe": energy.pe_uj,
+        "sram_read": energy.sram_read_uj,
+        "sram_write": energy.sram_write_uj,
+        "dram": energy.dram_uj,
+        "total": energy.total_uj,
     }
 
 
@@ -238,7 +246,8 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
     pe_pj_per_cycle = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
     return Energy(
         pe_uj=pe_pj_per_cycle * product.rows * product.columns * count.compute_cycles / 1e6,
-        sram_uj=(count.dot_product_steps * reads * read_pj + written_pj) / 1e6,
+        sram_read_uj=count.dot_product_steps * reads * read_pj / 1e6,
+        sram_write_uj=written_pj / 1e6,
         dram_uj=8 * count.traffic.total_bytes * accelerator.dram_pj_per_bit / 1e6,
     )
 
@@ -282,7 +291,8 @@ def _layer(
         traffic=traffic,
         energy=Energy(
             pe_uj=gemm.repeats * energy.pe_uj,
-            sram_uj=gemm.repeats * energy.sram_uj,
+            sram_read_uj=gemm.repeats * energy.sram_read_uj,
+            sram_write_uj=gemm.repeats * energy.sram_write_uj,
             dram_uj=gemm.repeats * energy.dram_uj,
         ),
         pe_utilization=_useful_pe_cycles(product) / (product.rows * product.columns * count.cycles),
@@ -347,7 +357,8 @@ def simulate(
         ),
         energy=Energy(
             pe_uj=sum(layer.energy.pe_uj for layer in layers),
-            sram_uj=sum(layer.energy.sram_uj for layer in layers),
+            sram_read_uj=sum(layer.energy.sram_read_uj for layer in layers),
+            sram_write_uj=sum(layer.energy.sram_write_uj for layer in layers),
             dram_uj=sum(layer.energy.dram_uj for layer in layers),
         ),
         pe_utilization=useful / cycles if cycles else 0.0,

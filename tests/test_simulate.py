@@ -292,20 +292,23 @@ def test_dictionary_is_json_and_its_parts_add_up(small_shape: ModelShape, accele
     result = simulate(small_shape, get_accelerator(accelerator), phase=phase, context=48, batch=2)
     document = result.to_dict()
     assert json.loads(json.dumps(document)) == document
-    assert document["cycles"] == document["latency_cycles"]
-    stalls = ("weight_stall_cycles", "activation_stall_cycles", "drain_stall_cycles")
     traffic = ("weight_traffic_bytes", "activation_traffic_bytes", "output_traffic_bytes")
-    energies = ("pe_energy_uj", "sram_energy_uj", "dram_energy_uj")
     for part in (document, *document["layers"]):
-        assert part["cycles"] == part["compute_cycles"] + sum(part[name] for name in stalls)
+        assert part["cycles"] == part["busy"] + sum(part["stalls"].values())
         assert part["traffic_bytes"] == sum(part[name] for name in traffic)
-        assert part["energy_uj"] == pytest.approx(sum(part[name] for name in energies), rel=1e-12)
+        energies = {name: value for name, value in part["energy_uj"].items() if name != "total"}
+        assert set(energies) == {"pe", "sram_read", "sram_write", "dram"}
+        assert part["energy_uj"]["total"] == pytest.approx(sum(energies.values()), rel=1e-12)
         assert 0 < part["pe_utilization"] <= 1
-    for name in ("cycles", "compute_cycles", *stalls, *traffic):
+    for name in ("cycles", "busy", *traffic):
         assert document[name] == sum(layer[name] for layer in document["layers"])
-    for name in energies:
-        assert document[name] == pytest.approx(sum(layer[name] for layer in document["layers"]))
-    assert document["dram_energy_uj"] == pytest.approx(document["traffic_bytes"] * 8 * 18.75e-6)
+    for field in ("stalls", "energy_uj"):
+        for name, value in document[field].items():
+            assert value == pytest.approx(sum(layer[field][name] for layer in document["layers"]), rel=1e-12)
+    assert document["energy_uj"]["dram"] == pytest.approx(document["traffic_bytes"] * 8 * 18.75e-6)
+    tokens = 2 * 48 if phase == "prefill" else 2
+    assert document["tokens_per_second"] == pytest.approx(tokens / (document["latency_ms"] / 1e3))
+    assert document["energy_per_token_uj"] == pytest.approx(document["energy_uj"]["total"] / tokens)
 
 
 def test_both_models_speak_with_the_same_keys(small_shape: ModelShape) -> None:
@@ -346,7 +349,7 @@ def test_cycles_do_not_depend_on_the_energy_constants(small_shape: ModelShape) -
     first, second = (simulate(small_shape, machine, phase="prefill") for machine in (accelerator, dearer))
     assert second.cycles == first.cycles
     assert second.energy.pe_uj == pytest.approx(2 * first.energy.pe_uj)
-    assert second.energy.sram_uj == first.energy.sram_uj
+    assert second.energy.sram_read_uj == first.energy.sram_read_uj
 
 
 def test_fewer_bits_cost_fewer_bytes_and_terms_set_the_compute(small_shape: ModelShape) -> None:
