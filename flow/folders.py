@@ -25,7 +25,10 @@ def check_file(path: Path) -> None:
     """Raise ``InputError`` unless the file ``path`` can be written, or replaced. Writes nothing."""
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a directory; expected a file")
-    check_place(path.parent)
+    try:
+        check_place(path.parent)
+    except InputError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
 
 
 def check_new_folder(folder: Path) -> None:
