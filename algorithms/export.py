@@ -102,6 +102,8 @@ def export_gguf(packed: Packed | Path, model: Model, file: Path) -> tuple[str, .
     """
     import gguf
 
+    if file.exists():
+        raise InputError(f"{file} exists already; expected a new file")
     layers = _layers(packed, model)
     for layer in layers:
         reason = _not_gguf(layer)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -268,7 +269,7 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # no network, no such repository, no permission: many kinds of exception
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(str(error), 160, placeholder=" ...")
         raise InputError(
             f"no directory {name!r}, and it could not be fetched as a Hugging Face id: {reason}"
         ) from error
@@ -361,7 +362,7 @@ def _configuration(config: Mapping[str, Any], location: Path) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except Exception as error:  # validation errors of several kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder=" ...")
         raise InputError(f"{location}: config.json does not describe a {model_type} model: {reason}") from error
 
 
@@ -413,7 +414,7 @@ def _build(config: Mapping[str, Any], location: Path, *, real_buffers: bool) -> 
         except InputError:
             raise
         except Exception as error:  # sizes that do not fit together, missing packages
-            reason = " ".join(str(error).split())[:200]
+            reason = shorten(str(error), 200, placeholder=" ...")
             raise InputError(f"{location}: no {kind.__name__} can be built from config.json: {reason}") from error
     return module
 

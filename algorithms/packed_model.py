@@ -56,6 +56,7 @@ SHARD_BYTES = 4_000_000_000
 _CONFIG_KEY = "quantization_config"
 _WRITTEN_BY = "the output of 'termwise quantize --out'"
 _MANIFEST = "manifest.json"
+_OUTPUT_ERROR = "output_error"
 _SAMPLES, _SAMPLE_BYTES = 1024, 64 << 10
 _LARGEST_E4M3 = 0x7E
 
@@ -120,6 +121,7 @@ class PackedModelWriter:
         self._description = describe(self._formats, self._shapes, settings or {}, datatypes or {})
         self._kept = kept_tensors(model, self._formats)
         self._lock: Any = None
+        self._begun_here = self._writing = False
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory} exists already; expected a new or empty directory")
         self._open_partial(restart)
@@ -149,6 +151,7 @@ class PackedModelWriter:
                     )
             else:
                 self._drop_layers()  # whatever is there has no manifest, so nobody knows what it is
+                self._begun_here = True
                 write_text(manifest, json.dumps(identity, indent=2) + "\n")
         except BaseException:
             self._lock.close()
@@ -161,10 +164,15 @@ class PackedModelWriter:
     def __enter__(self) -> PackedModelWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Let the partial directory go; where it holds no layer, remove it."""
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Let the partial directory go; remove it where it holds no layer, or none that could be used again.
+
+        The latter are those of a run that bad input ended: no run goes on with a model that has to be changed first.
+        They stay where an earlier run left them, or where they could not be written (a full disk).
+        """
         self._lock.close()
-        if self._partial.is_dir() and not any(self._partial.glob("layer-*.safetensors")):
+        useless = isinstance(error, InputError) and self._begun_here and not self._writing
+        if self._partial.is_dir() and (useless or not any(self._partial.glob("layer-*.safetensors"))):
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _layer_file(self, name: str) -> Path:
@@ -188,13 +196,21 @@ class PackedModelWriter:
 
     def _stored_format(self, name: str) -> Format:
         """The format that a finished layer has: the one that was asked for, or its twin in the other direction."""
-        metadata = open_safetensors(self._layer_file(name)).metadata() or {}
-        return get_format(metadata.get("format", self._formats[name].name))
+        return get_format(self._metadata(name).get("format", self._formats[name].name))
 
-    def add(self, name: str, tensor: QuantizedTensor) -> None:
+    def output_error(self, name: str) -> float | None:
+        """The output error that the finished layer ``name`` was added with. Raises ``InputError`` as ``done``."""
+        error = self._metadata(name).get(_OUTPUT_ERROR)
+        return None if error is None else float.fromhex(error)
+
+    def _metadata(self, name: str) -> dict[str, str]:
+        return open_safetensors(self._layer_file(name)).metadata() or {}
+
+    def add(self, name: str, tensor: QuantizedTensor, output_error: float | None = None) -> None:
         """Keep the finished layer ``name``: it is on the disk when this returns.
 
-        Its groups may lie in the other direction than its format says, as AdaDim chooses.
+        Its groups may lie in the other direction than its format says, as AdaDim chooses. ``output_error``, where it
+        was measured, is kept until the model is finished: whoever goes on cannot measure it again.
 
         Raises ``InputError`` when ``tensor`` has another format or shape than the layer, or cannot be written.
         """
@@ -213,19 +229,25 @@ class PackedModelWriter:
             for key, values in arrays.items()
         }
         _check_parts(name, tensor.format, shape, headers, file)
+        metadata = {"format": tensor.format.name}
+        if output_error is not None:
+            metadata[_OUTPUT_ERROR] = float(output_error).hex()
+        self._writing = True
         with written_beside(file) as temporary:
             try:
-                save_file(arrays, temporary, metadata={"format": tensor.format.name})
+                save_file(arrays, temporary, metadata=metadata)
             except SafetensorError as error:  # the library's own kind, also for a full disk
                 raise InputError(f"cannot write {file}: {error}; expected a writable place with free space") from error
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
+        self._writing = False
 
     def finish(self) -> None:
         """Put the layers, the kept tensors, config.json and the tokenizer together in the directory.
 
         Raises ``InputError`` when that cannot be written (the layers stay), ``ValueError`` while a layer is missing.
         """
+        self._writing = True
         layers: list[StoredTensor] = []
         for name in self._formats:
             file = self._layer_file(name)
@@ -244,6 +266,7 @@ class PackedModelWriter:
             write_surroundings(self._model, finished, {_CONFIG_KEY: description})
             finished.replace(self._directory)
             shutil.rmtree(self._partial)
+        self._writing = False
 
 
 def describe(

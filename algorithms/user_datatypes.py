@@ -109,9 +109,12 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"][:2])) or "the table"
+        wanted = first["msg"].lower()
+        if len(first["loc"]) > 2:  # a level is none of several kinds, and pydantic names the first
+            wanted = f"expected a number or one of {', '.join(map(repr, _OTHER_VALUES))}"
         got = repr(first["input"])
         got = got if len(got) <= 40 else got[:37] + "..."
-        raise InputError(f"{place}: {key}: {first['msg'].lower()}; got {got}") from error
+        raise InputError(f"{place}: {key}: {wanted}; got {got}") from error
     bits, entries = definition.bits, definition.levels
     if len(entries) > 1 << bits:
         raise InputError(f"{place}: {len(entries)} levels; expected at most {1 << bits}, the codes of {bits} bits")
@@ -143,7 +146,7 @@ def datatype_from(name: str, table: object, where: str) -> DataType:
     if len(levels) < 2:
         raise InputError(f"{place}: no level but 0; expected at least two levels")
     fraction_bits = max(level.denominator.bit_length() - 1 for level in levels.values())
-    for level in levels.values():
+    for level in sorted(levels.values(), key=lambda level: level.denominator, reverse=True):
         if int(abs(level) * (1 << fraction_bits)).bit_length() > LONGEST_NUMERATOR or fraction_bits > 100:
             raise InputError(
                 f"{place}: the level {float(level)!r} takes more than {LONGEST_NUMERATOR} bits at the resolution of "

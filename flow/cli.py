@@ -70,6 +70,9 @@ class _Commands(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         try:
             status = super().main(args, prog_name, complete_var, False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "termwise"
             hint = f" (see {where} --help)" if isinstance(error, click.UsageError) else ""
@@ -270,7 +273,7 @@ def quantize(
     """
     from termwise.algorithms.formats import get_format
     from termwise.algorithms.kv_cache import get_cache_format
-    from termwise.flow.folders import check_new_folder
+    from termwise.flow.folders import check_new_folder, check_place
     from termwise.flow.quantization import (
         Request,
         layer_columns,
@@ -291,9 +294,15 @@ def quantize(
         formats = get_format(format_name if compat is None else f"{format_name}:compat={compat}")
     elif compat is not None:
         raise InputError("--compat goes with --format; in a file of formats it is written behind their names")
-    opened = _model_with_weights(model)
+    if method_name is not None:
+        from termwise.algorithms.calibrated import get_method
+
+        get_method(method_name)  # what needs no model is refused before one is opened
+    if report is not None:
+        check_place(report)
     if out is not None:
         check_new_folder(out)
+    opened = _model_with_weights(model)
     if assignment is not None:
         from termwise.algorithms.assignment import read_assignment
 
@@ -373,10 +382,15 @@ def mix(
     """
     from termwise.algorithms.files import write_text
     from termwise.algorithms.mixed_precision import Evolution
+    from termwise.flow.folders import check_file, check_place
     from termwise.flow.mixed import DEFAULT_FORMATS, markdown
     from termwise.flow.mixed import mix as choose
     from termwise.flow.subject import open_text
 
+    if out is not None:
+        check_file(out)  # before hours of work
+    if report is not None:
+        check_place(report)
     opened = _model_with_weights(model)
     calibration = _calibration(opened, None, calibration_file)
     if calibration is None:
@@ -468,6 +482,8 @@ def export(*, packed: Path, model: str, layout: str, out: Path, exact_scales: bo
 
     if layout not in ("compressed-tensors", "gguf"):
         raise unknown_name("layout", layout, ("compressed-tensors", "gguf"))
+    if exact_scales and layout == "gguf":
+        raise InputError("--exact-scales goes with --to compressed-tensors; blocks of GGUF have FP16 scales")
     opened = _model_with_weights(model)
     notes: tuple[str, ...] = ()
     if layout == "gguf":

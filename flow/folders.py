@@ -8,7 +8,7 @@ from pathlib import Path
 from termwise.algorithms.errors import InputError
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
     """Raise ``InputError`` unless the nearest existing parent of ``folder``, or itself, is a writable directory."""
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -21,16 +21,26 @@ def _check_place(folder: Path) -> None:
         raise InputError(f"cannot write {folder}: {nearest} is read-only; expected a writable place")
 
 
+def check_file(path: Path) -> None:
+    """Raise ``InputError`` unless the file ``path`` can be written, or replaced. Writes nothing."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory; expected a file")
+    try:
+        check_place(path.parent)
+    except InputError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
 def check_new_folder(folder: Path) -> None:
     """Raise ``InputError`` unless ``folder`` can be made, or is empty. Writes nothing."""
-    _check_place(folder)
+    check_place(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} exists already; expected a new or empty directory")
 
 
 def check_run_folder(folder: Path) -> None:
     """Raise ``InputError`` unless ``folder`` can be made, or is the folder of a run. Writes nothing."""
-    _check_place(folder)
+    check_place(folder)
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     strangers = sorted(name for name in names if name != "records" and not name.endswith(".part"))
     if strangers and "run.json" not in names:

@@ -28,6 +28,7 @@ from termwise.algorithms.text import Text, calibration_text
 if TYPE_CHECKING:
     from termwise.algorithms.calibrated import CalibrationMethod
     from termwise.algorithms.embeddings import EmbeddingEvaluator
+    from termwise.algorithms.packed_model import PackedModelWriter
     from termwise.algorithms.perplexity import Evaluator
 
     AnyEvaluator = Evaluator | EmbeddingEvaluator
@@ -243,16 +244,17 @@ def _layers(
     model: Model,
     formats: Mapping[str, Format],
     calibration: Calibration | None,
-    done: Callable[[str], QuantizedTensor | None],
-    keep: LayerHook,
+    store: PackedModelWriter | None,
 ) -> Iterator[tuple[str, QuantizedTensor, float | None]]:
-    """Name, quantized tensor and output error of every layer; what ``done`` has is taken, the rest made and kept."""
+    """Name, quantized tensor and output error of every layer; what ``store`` has is taken, the rest made and kept."""
+    done = store.done if store is not None else lambda _: None
     if calibration is None or calibration.method is None:
         for name, format in formats.items():
             tensor = done(name)
             if tensor is None:
                 tensor = quantize(model.matrix(name), format, name=name)
-                keep(name, tensor)
+                if store is not None:
+                    store.add(name, tensor)
             yield name, tensor, None
         return
     from termwise.algorithms.calibrated import LayerOutputError, quantize_calibrated
@@ -260,13 +262,14 @@ def _layers(
     errors: dict[str, float | None] = {}
 
     def told(name: str, tensor: QuantizedTensor, error: LayerOutputError | None) -> None:
-        keep(name, tensor)
         errors[name] = None if error is None else error.relative
+        if store is not None:
+            store.add(name, tensor, errors[name])
 
     for name in formats:
         tensor = done(name)
         if tensor is not None:
-            yield name, tensor, None
+            yield name, tensor, None if store is None else store.output_error(name)
     calibrated = quantize_calibrated(
         model,
         formats,
@@ -286,8 +289,7 @@ def evaluate(
     evaluator: AnyEvaluator | None,
     *,
     calibration: Calibration | None = None,
-    done: Callable[[str], QuantizedTensor | None] | None = None,
-    keep: LayerHook | None = None,
+    store: PackedModelWriter | None = None,
     wrap: Wrap | None = None,
 ) -> Evaluation:
     """Quantize ``model`` and measure its score, where there is an ``evaluator``, with what was quantized.
@@ -299,8 +301,7 @@ def evaluate(
         formats: of all linear layers, or of each that is to be quantized, by name.
         evaluator: the model in memory, with the text that it is measured on.
         calibration: what is measured before; needed by calibrated methods and by static scales of activations.
-        done: gives a layer that an earlier run has finished, None for others.
-        keep: receives every layer that was quantized now.
+        store: gives the layers that an earlier run has finished, and receives every layer that is quantized now.
         wrap: may show progress over the layers.
 
     Raises ``InputError`` as ``quantize`` does, and for a format whose activations need a calibration there is not.
@@ -310,7 +311,7 @@ def evaluate(
     totals = _Totals()
     try:
         put = _installer(model, formats, evaluator, calibration)
-        layers = _layers(model, formats, calibration, done or (lambda _: None), keep or (lambda _name, _tensor: None))
+        layers = _layers(model, formats, calibration, store)
         for name, tensor, output_error in layers if wrap is None else wrap(layers):
             matrix = model.matrix(name)
             totals.add(matrix, tensor, layer_quality(name, matrix, tensor, output_error))

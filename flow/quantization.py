@@ -121,8 +121,7 @@ def quantize_model(
             request.formats,
             evaluator,
             calibration=request.calibration,
-            done=None if writer is None else writer.done,
-            keep=None if writer is None else writer.add,
+            store=writer,
             wrap=wrap,
         )
         if writer is not None:

@@ -286,6 +286,13 @@ def test_gguf_refuses_what_it_cannot_express(tmp_path: Path, llama: Path, format
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gguf_replaces_no_file(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "mine").write_text("notes")
+    with pytest.raises(InputError, match="mine exists already"):
+        export_gguf({}, open_model(llama), tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "notes"
+
+
 def test_gguf_refuses_rows_that_blocks_do_not_fill_and_scaled_rotary_embeddings(tmp_path: Path, llama: Path) -> None:
     save_file({"a.weight": np.ones((4, 40), np.float16)}, tmp_path / "x.safetensors")
     matrices = open_model(tmp_path)

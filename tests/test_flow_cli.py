@@ -146,6 +146,38 @@ def test_an_interrupted_quantization_goes_on(
             np.testing.assert_array_equal(other[name].parts[part], values)
 
 
+def test_an_interrupted_calibration_ends_in_the_same_report(
+    tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from termwise.algorithms.packed_model import PackedModelWriter
+
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join([small_text.read_text().replace("\n", " ")] * 8))
+    command = ["quantize", small_model, "--format", "int-w4g16", "--calibrate", "gptq", "--no-score"]
+    command += ["--calibration-text", text, "--json", "--out"]
+    whole = document_of(run(*command, tmp_path / "whole"))
+    added: list[str] = []
+    add = PackedModelWriter.add
+
+    def interrupted(writer: Any, name: str, *rest: Any) -> None:
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        add(writer, name, *rest)
+        added.append(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedModelWriter, "add", interrupted)
+        assert run(*command, tmp_path / "packed").exit_code == 130
+    resumed = document_of(run(*command, tmp_path / "packed"))
+    places = ("out", "report")
+    assert {key: value for key, value in resumed.items() if key not in places} == {
+        key: value for key, value in whole.items() if key not in places
+    }
+    assert any(layer["output_error"] for layer in resumed["layers"][:4])
+    for file in ("model.safetensors", "quantization-report/report.md"):
+        assert (tmp_path / "packed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def test_calibration_activations_and_the_cache_are_measured(
     tmp_path: Path, small_model: Path, small_text: Path
 ) -> None:
@@ -319,6 +351,7 @@ def test_doctor_exits_with_3_where_a_package_is_missing(monkeypatch: pytest.Monk
         (["mix", "MODEL", "--bits", "4"], ["expected --calibration-text FILE"]),
         (["special-values", "MODEL", "--bits", "5"], ["expected 3 or 4 bits"]),
         (["export", "none", "--model", "MODEL", "--to", "gguf", "--out", "x"], ["none"]),
+        (["export", "none", "--model", "MODEL", "--to", "gguf", "--out", "x", "--exact-scales"], ["--exact-scales"]),
         (["export", "none", "--model", "MODEL", "--to", "onnx", "--out", "x"], ["unknown layout 'onnx'"]),
         (["--datatypes", "none.toml", "formats"], ["cannot read none.toml"]),
         (["simulate", "opt-1.3b", "--accelerator", "oliv"], ["unknown accelerator 'oliv'", "did you mean 'olive'"]),
@@ -378,7 +411,33 @@ def test_bad_models_are_one_sentence_and_write_nothing(
         line for line in (result.stderr_bytes or b"").splitlines() if b"perplexity of" not in line
     )
     assert_bad_input(result, str(folder) if kind != "nan" else "k_proj")
-    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "no-such-model", "--format", "int-w4", "--report", "file"],
+        ["quantize", "no-such-model", "--format", "int-w4", "--out", "file/x"],
+        ["mix", "no-such-model", "--bits", "4", "--report", "file"],
+        ["mix", "no-such-model", "--bits", "4", "--out", "file/x.toml"],
+        ["mix", "no-such-model", "--bits", "4", "--out", "folder.toml"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_opened(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.toml").mkdir()
+    assert_bad_input(run(*arguments), f"cannot write {arguments[-1]}")
+
+
+def test_no_command_shows_the_help_as_it_is_laid_out() -> None:
+    result = run()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) > 10
+    assert any(line.strip().startswith("quantize ") for line in result.stderr.splitlines())
 
 
 def test_the_operating_systems_refusal_names_the_path(tmp_path: Path, small_model: Path, small_text: Path) -> None:
