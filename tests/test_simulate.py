@@ -112,6 +112,48 @@ def test_kernel_equals_the_reference_on_plans_that_are_not_the_best(
     assert causes(count) == count.cycles
 
 
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(products(), st.integers(5, 60), st.integers(5, 60), st.booleans(), st.integers(1, 4))
+def test_fast_forward_changes_nothing(
+    product: Product, row_tiles: int, column_tiles: int, weights_stationary: bool, passes: int
+) -> None:
+    outputs = product.rows * row_tiles - product.rows // 2
+    wide = dataclasses.replace(
+        product,
+        outputs=outputs,
+        tokens=product.columns * column_tiles - product.columns // 2,
+        weight_total_bytes=product.weight_total_bytes * outputs,  # whole bytes per row: panels are alike
+    )
+    program = plan_product(wide, passes=passes, weights_stationary=weights_stationary)
+    assert run_tile_program(program) == run_tile_program(program, fast_forward=False)
+
+
+@pytest.mark.parametrize("weights_stationary", [True, False])
+@pytest.mark.parametrize("context", [1000, 4096])
+def test_fast_forward_changes_nothing_in_a_large_product(weights_stationary: bool, context: int) -> None:
+    large = product(
+        tokens=context,
+        reduction=4096,
+        outputs=11008,
+        rows=32,
+        columns=32,
+        lanes=4,
+        cycles_per_step=2,
+        group_inputs=128,
+        dequantization_cycles=8,
+        fill_drain_cycles=12,
+        weight_buffer_bits=4.1,
+        weight_total_bytes=11008 * 2116,
+        weight_buffer_bytes=1 << 19,
+        activation_buffer_bytes=1 << 19,
+        burst_bytes=32,
+    )
+    program = plan_product(large, weights_stationary=weights_stationary)
+    count = run_tile_program(program)
+    assert count == run_tile_program(program, fast_forward=False)
+    assert count.traffic == planned_traffic(program)
+
+
 def test_random_programs_cover_every_kind_of_allocation_and_split() -> None:
     seen: set[tuple[int, int, bool]] = set()
 
