@@ -111,7 +111,7 @@ class EmbeddingEvaluator(LoadedModel):
         """The text as the model reads it: int64 [tokens] each."""
         return self._documents
 
-    def _forward(self, tokens: Any) -> Any:
+    def _output(self, tokens: Any) -> Any:
         return self._states(tokens, None)
 
     def _states(self, tokens: Any, mask: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,17 @@ from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.models import Model
 
 Float32 = NDArray[np.float32]
+
+
+@cache
+def _threads() -> int:
+    """Threads of every forward pass: those that torch had at the first one.
+
+    Numba's parallel loops set the number for torch too (they share OpenMP), and sums depend on it in the last bits.
+    """
+    import torch
+
+    return torch.get_num_threads()
 
 
 class ActivationQuantizer(Protocol):
@@ -110,6 +122,12 @@ class LoadedModel:
 
     def _forward(self, tokens: Any) -> Any:
         """The model's output for ``tokens``, a torch tensor, int64 [sequences, tokens]."""
+        import torch
+
+        torch.set_num_threads(_threads())
+        return self._output(tokens)
+
+    def _output(self, tokens: Any) -> Any:
         raise NotImplementedError
 
     def _check_inputs(self) -> None:

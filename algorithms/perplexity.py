@@ -90,7 +90,7 @@ class Evaluator(LoadedModel):
         """The text as the model reads it: int64 [tokens] each."""
         return self._windows
 
-    def _forward(self, tokens: Any) -> Any:
+    def _output(self, tokens: Any) -> Any:
         return self._module(input_ids=tokens, use_cache=False)
 
     def perplexity(self, progress: Callable[[int, int], None] | None = None) -> Perplexity:

@@ -225,3 +225,16 @@ def test_bits_per_byte_of_the_real_models(shared: Path, name: str, printed: floa
     assert round(found.bits_per_byte, 3) == printed
     if name == "stories260k":
         assert found.predicted_bytes == 127_707 - 5 * 589 - 177
+
+
+def test_threads_that_other_code_sets_do_not_change_the_sum(small_model: Path, small_text: Path) -> None:
+    import torch
+
+    evaluator = Evaluator(open_model(small_model), read_text(small_text))
+    expected, threads = evaluator.perplexity(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert evaluator.perplexity() == expected
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
