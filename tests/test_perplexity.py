@@ -228,8 +228,6 @@ def test_bits_per_byte_of_the_real_models(shared: Path, name: str, printed: floa
 
 
 def test_threads_that_other_code_sets_do_not_change_the_sum(small_model: Path, small_text: Path) -> None:
-    import torch
-
     evaluator = Evaluator(open_model(small_model), read_text(small_text))
     expected, threads = evaluator.perplexity(), torch.get_num_threads()
     try:
