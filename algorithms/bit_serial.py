@@ -37,7 +37,14 @@ from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
 from termwise.algorithms.packing import pack, unpack
-from termwise.algorithms.processing_element import UnsupportedFormatError, check_weights_can_be_read
+from termwise.algorithms.processing_element import (
+    HALF_SIGNIFICAND_BITS,
+    PIPELINE_STAGES,
+    PipelineTiming,
+    UnsupportedFormatError,
+    check_weights_can_be_read,
+    scale_bits,
+)
 
 SPECIAL_WIDTHS = (3, 4)
 """Widths whose data types have a special value; wider weights are integers."""
@@ -137,9 +144,21 @@ class BitSerialSpec:
             raise InputError(f"the bit-serial PE (BitMoD) takes keys and values of up to 8 bits; got {key_value_bits}")
         return (key_value_bits + 1) // 2
 
+    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+        """The dequantizer takes one bit of a group's scale a cycle; then the group's value is added."""
+        return _bit_serial_pipeline(scale_bits(weights))
+
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
+        """The same with FP16 scales."""
+        return _bit_serial_pipeline(HALF_SIGNIFICAND_BITS)
+
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""
         return weights.bits_per_weight(outputs, inputs)
+
+
+def _bit_serial_pipeline(bits: int) -> PipelineTiming:
+    return PipelineTiming(dequantization_cycles=bits, drain_cycles=PIPELINE_STAGES + bits + 1)
 
 
 def booth_digits(number: int, bits: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
-from termwise.algorithms.processing_element import UnsupportedFormatError
+from termwise.algorithms.processing_element import PIPELINE_STAGES, PipelineTiming, UnsupportedFormatError
 
 MOST_STEPS = 100
 """Steps after which the centroids are taken as they are; the error has stopped falling long before."""
@@ -51,6 +51,14 @@ class DictionarySpec:
 
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
         """None: GOBO quantizes weights alone. Raises ``UnsupportedFormatError``."""
+        raise UnsupportedFormatError(f"the dictionary PE (GOBO) does not take {key_value_bits}-bit keys and values")
+
+    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+        """One centroid a cycle, and the sum."""
+        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES + 1 + (1 << weights.weight_bits))
+
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:
+        """None, as ``key_value_cycles_per_step``."""
         raise UnsupportedFormatError(f"the dictionary PE (GOBO) does not take {key_value_bits}-bit keys and values")
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002

@@ -31,6 +31,8 @@ from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
 from termwise.algorithms.packing import pack, unpack
 from termwise.algorithms.processing_element import (
+    BIT_PARALLEL_PIPELINE,
+    PipelineTiming,
     UnsupportedFormatError,
     bit_parallel_key_value_cycles,
     check_weights_can_be_read,
@@ -64,6 +66,14 @@ class FlintSpec:
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
         """One cycle for keys and values of up to 8 bits."""
         return bit_parallel_key_value_cycles(self.kind, key_value_bits)
+
+    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+        """A group's sum is scaled in one cycle and added in the next."""
+        return BIT_PARALLEL_PIPELINE
+
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
+        """The same."""
+        return BIT_PARALLEL_PIPELINE
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""

@@ -11,7 +11,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
-from termwise.algorithms.processing_element import check_weights_can_be_read
+from termwise.algorithms.processing_element import PIPELINE_STAGES, PipelineTiming, check_weights_can_be_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,14 @@ class Fp16MacSpec:
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:  # noqa: ARG002
         """One cycle."""
         return 1
+
+    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+        """Nothing is scaled: the pipeline alone."""
+        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
+
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
+        """The same."""
+        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
         """16 bits per weight: they are decoded before they are buffered."""

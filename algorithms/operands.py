@@ -17,6 +17,7 @@ from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Grid
 from termwise.algorithms.integer import E8M0_BIAS
 from termwise.algorithms.outlier_victim import PairCoder
+from termwise.algorithms.processing_element import scale_bits
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor
 
 HALF_BIAS = 25
@@ -115,13 +116,6 @@ def weight_operands(tensor: QuantizedTensor) -> WeightOperands:
         scale_exponents=exponents,
         channel_scales=channel,
     )
-
-
-def scale_bits(format: Format) -> int:
-    """Width of the significand of a group's scale, which a bit-serial dequantizer takes bit by bit."""
-    if format.family == "bitmod":
-        return 8
-    return {"e8m0": 1, "e4m3": 4}.get(format.scale_type, 11) if format.family in ("type", "int") else 11
 
 
 def _types(format: Format) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from termwise.algorithms.errors import InputError
@@ -10,6 +11,41 @@ from termwise.algorithms.formats import Format
 
 class UnsupportedFormatError(InputError):
     """The PE has no way to take the weights of this format; the message says why."""
+
+
+PIPELINE_STAGES = 3
+"""Stages of every PE behind the cycle in which a term is issued (``docs/microarchitecture.md``, section 3)."""
+
+HALF_SIGNIFICAND_BITS = 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineTiming:
+    """What a PE's pipeline costs beside the issue of terms (``docs/microarchitecture.md``, section 3), in cycles.
+
+    Attributes:
+        dequantization_cycles: least distance of the last terms of two groups; 0 or 1 where nothing waits.
+        drain_cycles: from the last issue of a tile until its outputs may leave the array.
+    """
+
+    dequantization_cycles: int
+    drain_cycles: int
+
+
+BIT_PARALLEL_PIPELINE = PipelineTiming(dequantization_cycles=1, drain_cycles=PIPELINE_STAGES + 2)
+"""Of the PEs that scale a group's sum and add it, in a cycle each."""
+
+
+def scale_bits(format: Format) -> int:
+    """Width of the significand of a group's scale, which a bit-serial dequantizer takes bit by bit."""
+    if format.family == "bitmod":
+        return 8
+    types = {"e8m0": 1, "e4m3": 4}
+    return (
+        types.get(format.scale_type, HALF_SIGNIFICAND_BITS)
+        if format.family in ("type", "int")
+        else HALF_SIGNIFICAND_BITS
+    )
 
 
 def check_weights_can_be_read(kind: str, weights: Format) -> None:
@@ -50,6 +86,12 @@ class ProcessingElementSpec(Protocol):
 
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
         """The same for keys and values, held as ``key_value_bits``-bit integers (8) or FP16 (16)."""
+
+    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:
+        """Pipeline for rows of ``inputs`` weights in a format that ``cycles_per_step`` takes."""
+
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:
+        """The same for keys and values, which have an FP16 scale each where they are integers."""
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Bits per weight of an ``outputs`` × ``inputs`` layer in the weight buffer (metadata included)."""

@@ -56,10 +56,6 @@ class Accelerator:
         weight_buffer_bytes, activation_buffer_bytes: on-chip buffers, each two halves; ``buffer_banks`` banks.
         port_reads_per_step: reads of either buffer in one dot-product step. A bit-serial PE holds its operands for
             two cycles or more, so a port of half the width is read twice.
-        fill_drain_cycles: cycles from the last dot-product step of a tile until its outputs have left the pipeline
-            and the next tile may begin.
-        dequantization_cycles: cycles of the bit-serial scaling of a group's sum (0 where the PE has none); hidden
-            behind the next group, unless that group is shorter.
         dram_bytes_per_cycle: whole bursts of the one channel to external memory.
         dram_pj_per_bit, pe_energy_pj_per_cycle: energies; the latter before place and route, which multiplies it by
             ``place_and_route_factor``.
@@ -77,8 +73,6 @@ class Accelerator:
     decode_format: str
     key_value_bits: int
     port_reads_per_step: int
-    fill_drain_cycles: int
-    dequantization_cycles: int
     pe_energy_pj_per_cycle: float
     pe_area_um2: float
     place_and_route_factor: float = 1.5
@@ -121,12 +115,6 @@ class Accelerator:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Pipeline of a bit-parallel PE: operand registers, multiplier, alignment and addition, accumulator. A bit-serial PE has
-# the same four stages and then scales the last group of the tile, which no later group hides.
-_PIPELINE_CYCLES = 4
-_SCALE_BITS = 8
-
-
 def _fp16() -> Accelerator:
     return Accelerator(
         name="fp16",
@@ -138,8 +126,6 @@ def _fp16() -> Accelerator:
         decode_format="fp16",
         key_value_bits=16,
         port_reads_per_step=1,
-        fill_drain_cycles=_PIPELINE_CYCLES,
-        dequantization_cycles=0,
         pe_energy_pj_per_cycle=0.77,
         pe_area_um2=1968.7,
     )
@@ -156,8 +142,6 @@ def _ant() -> Accelerator:
         decode_format="ant-w4g128",
         key_value_bits=8,
         port_reads_per_step=1,
-        fill_drain_cycles=_PIPELINE_CYCLES,
-        dequantization_cycles=0,
         pe_energy_pj_per_cycle=0.56,
         pe_area_um2=1318.6,
     )
@@ -174,8 +158,6 @@ def _olive() -> Accelerator:
         decode_format="olive-w4",
         key_value_bits=8,
         port_reads_per_step=1,
-        fill_drain_cycles=_PIPELINE_CYCLES,
-        dequantization_cycles=0,
         pe_energy_pj_per_cycle=0.613,
         pe_area_um2=1318.6,
     )
@@ -192,8 +174,6 @@ def _bitmod(system: str, prefill_format: str, decode_format: str) -> Accelerator
         decode_format=decode_format,
         key_value_bits=8,
         port_reads_per_step=2,
-        fill_drain_cycles=_PIPELINE_CYCLES + _SCALE_BITS,
-        dequantization_cycles=_SCALE_BITS,
         pe_energy_pj_per_cycle=0.56,
         pe_area_um2=1507.7,
     )

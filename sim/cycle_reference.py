@@ -1,16 +1,9 @@
 """The cycle-level simulation of one product, one cycle at a time: the definition that the Numba kernel is held to.
 
 It is written to be read, not to be fast: requests and steps are lists, a buffer half is an object that counts its
-remaining uses, and time advances by one. ``termwise.sim.cycle`` must give the same counts.
-
-In every cycle, in this order:
-
-1. The array finishes what ends here: a step releases its buffer halves, a drained tile is ready to leave.
-2. A tile leaves when the write-back register is free and its partial sums have arrived. The next step begins when its
-   weights and its activations have arrived.
-3. The channel, when idle, takes the waiting write-back, or else the next request, if a half of the buffer is free.
-4. The cycle is charged to one cause: compute, weights, activations, or drain.
-5. Both servers work for one cycle.
+remaining uses, the array issues one term after the other, and time advances by one. ``termwise.sim.cycle`` must give
+the same counts. ``docs/microarchitecture.md`` (sections 3 to 8) is what it is a reading of; the order within a cycle is
+that of section 7.
 """
 
 from __future__ import annotations
@@ -19,15 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from termwise.sim.cycle import (
+from termwise.sim.cycle import CycleCount, StallCycles, Traffic, ValueTiming
+from termwise.sim.dram import DramCounts
+from termwise.sim.dram_reference import DramReference
+from termwise.sim.kernels import (
     ACTIVATION_BYTES,
     OUTPUT_BYTES,
     PANELS,
     PARTIAL_SUM_BYTES,
+    READ,
+    REGION_BYTES,
     RESIDENT,
-    CycleCount,
+    WRITE,
+    DramTiming,
     TileProgram,
-    Traffic,
 )
 from termwise.sim.plan import ceil_divide
 
@@ -44,11 +42,20 @@ class _Half:
         return self.before is None or self.before.uses_left == 0
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbouring bytes in external memory."""
+
+    address: int
+    bytes: int
+
+
 @dataclass
 class _Request:
     kind: str
     bytes: int
     half: _Half
+    pieces: list[_Piece]
     arrived: bool = False
 
 
@@ -59,10 +66,12 @@ class _Step:
     weights: _Request
     activations: _Request
     dot_product_steps: int
-    cycles: int
+    weight_reads: int
+    terms: list[bool]  # one for each term in the order of issue: whether it is the last one of a group
     halves: list[_Half]
+    drain_cycles: int = 0
     partial_sums: _Request | None = None
-    leaving_bytes: int = 0  # above 0 on the last chunk of a tile
+    leaving: list[_Piece] = field(default_factory=list)  # on the last chunk of a tile
     register: _Half | None = None
 
 
@@ -75,7 +84,7 @@ class _Buffer:
     content: Any = None
     loaded: dict[Any, _Request] = field(default_factory=dict)
 
-    def load(self, kind: str, content: Any, part: Any, size: int) -> tuple[_Request, bool]:
+    def load(self, kind: str, content: Any, part: Any, pieces: list[_Piece]) -> tuple[_Request, bool]:
         """The request that brings ``part`` of the allocation ``content``, and whether it is a new one."""
         if not self.halves or (self.allocation != RESIDENT and content != self.content):
             self.content = content
@@ -83,15 +92,25 @@ class _Buffer:
             self.halves.append(_Half(before=self.halves[-2] if len(self.halves) >= 2 else None))
         new = part not in self.loaded
         if new:
-            self.loaded[part] = _Request(kind=kind, bytes=size, half=self.halves[-1])
+            size = sum(piece.bytes for piece in pieces)
+            self.loaded[part] = _Request(kind=kind, bytes=size, half=self.halves[-1], pieces=pieces)
         return self.loaded[part], new
 
 
-def _tiles(program: TileProgram) -> Iterator[tuple[int, int, int, int]]:
+def _steps(program: TileProgram) -> list[tuple[int, int]]:
+    """First input of every step, and the one after its last. A step ends with its group."""
+    group_inputs = program.group_inputs or program.reduction
+    steps = []
+    for group in range(0, program.reduction, group_inputs):
+        end = min(group + group_inputs, program.reduction)
+        steps += [(begin, min(begin + program.lanes, end)) for begin in range(group, end, program.lanes)]
+    return steps
+
+
+def _tiles(program: TileProgram, steps: int) -> Iterator[tuple[int, int, int, int]]:
     """(pass, block, row tile, column tile) in the order of execution."""
-    steps = ceil_divide(program.reduction, program.lanes)
     row_tiles = ceil_divide(program.outputs, program.rows)
-    column_tiles = ceil_divide(program.tokens, program.columns)
+    column_tiles = ceil_divide(program.tokens, program.columns * program.token_groups)
     stationary, moving = (row_tiles, column_tiles) if program.weights_stationary else (column_tiles, row_tiles)
     for pass_index in range(ceil_divide(steps, program.segment_steps)):
         for block, first in enumerate(range(0, stationary, program.panels_per_block)):
@@ -103,38 +122,64 @@ def _tiles(program: TileProgram) -> Iterator[tuple[int, int, int, int]]:
                         yield pass_index, block, moving_panel, stationary_panel
 
 
-def _chunk_cycles(program: TileProgram, steps: int) -> int:
-    if not program.group_steps:
-        return steps * program.cycles_per_step
-    cycles = 0
-    while steps > 0:
-        cycles += max(program.group_cycles, min(steps, program.group_steps) * program.cycles_per_step)
-        steps -= program.group_steps
-    return cycles
+def _rows_of(base: int, row_bytes: int, rows: range, begin: int, end: int) -> list[_Piece]:
+    """Bytes ``begin`` to ``end`` of rows of a row-major matrix; whole rows touch and are one piece."""
+    if end - begin == row_bytes:
+        return [_Piece(base + rows.start * row_bytes, len(rows) * row_bytes)]
+    return [_Piece(base + row * row_bytes + begin, end - begin) for row in rows]
 
 
-def _schedule(program: TileProgram) -> tuple[list[_Step], list[_Request]]:
-    """All steps, and all requests in the order in which they are issued."""
-    total_steps = ceil_divide(program.reduction, program.lanes)
-    last_pass = ceil_divide(total_steps, program.segment_steps) - 1
+def _terms(
+    program: TileProgram, steps: list[tuple[int, int]], begin: int, end: int, cycles: list[int], turns: int
+) -> list[bool]:
+    """For each term of the steps ``begin`` to ``end``: whether it is the last one of a group (of one of the tokens)."""
+    group_inputs = program.group_inputs or program.reduction
+    terms: list[bool] = []
+    for step in range(begin, end):
+        last_of_segment = (step + 1) % program.segment_steps == 0 or step + 1 == len(steps)
+        ends_group = steps[step][1] % group_inputs == 0 or last_of_segment
+        for _ in range(turns):
+            terms += [False] * (cycles[step] - 1) + [ends_group]
+    return terms
+
+
+def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_Step], list[_Request]]:
+    """All chunks, and all requests in the order in which they are issued."""
+    all_steps = _steps(program)
+    last_pass = ceil_divide(len(all_steps), program.segment_steps) - 1
+    tile_columns = program.columns * program.token_groups
+    row_bytes = program.reduction * ACTIVATION_BYTES
+
+    def after(base: int, size: int) -> int:
+        return ceil_divide(base + size, REGION_BYTES) * REGION_BYTES
+
+    activation_base = after(0, program.weight_total_bytes)
+    partial_sum_base = after(activation_base, program.tokens * row_bytes)
+    output_base = after(partial_sum_base, program.tokens * program.outputs * PARTIAL_SUM_BYTES)
+
     weights = _Buffer(program.weight_allocation)
     activations = _Buffer(program.activation_allocation)
     partial_sums = _Buffer(PANELS)
     steps: list[_Step] = []
     requests: list[_Request] = []
-    for tile, (pass_index, block, row_tile, column_tile) in enumerate(_tiles(program)):
+    for tile, (pass_index, block, row_tile, column_tile) in enumerate(_tiles(program, len(all_steps))):
         first_output = row_tile * program.rows
         outputs = min(program.rows, program.outputs - first_output)
-        tokens = min(program.columns, program.tokens - column_tile * program.columns)
-        segment_end = min((pass_index + 1) * program.segment_steps, total_steps)
+        tokens = range(column_tile * tile_columns, min((column_tile + 1) * tile_columns, program.tokens))
+        turns = ceil_divide(len(tokens), program.columns)
+        cycles = [program.cycles_per_step] * len(all_steps)
+        if values is not None:
+            cycles = [int(number) for number in values.step_cycles[row_tile]]
+        segment_end = min((pass_index + 1) * program.segment_steps, len(all_steps))
         for begin in range(pass_index * program.segment_steps, segment_end, program.chunk_steps):
             end = min(begin + program.chunk_steps, segment_end)
-            first_input, end_input = begin * program.lanes, min(end * program.lanes, program.reduction)
-            first_weight = first_output * program.reduction + outputs * first_input
-            end_weight = first_output * program.reduction + outputs * end_input
-            all_weights = program.outputs * program.reduction
-            weight_bytes = program.weight_total_bytes * end_weight // all_weights
-            weight_bytes -= program.weight_total_bytes * first_weight // all_weights
+            inputs = all_steps[begin][0], all_steps[end - 1][1]
+            first_byte, end_byte = (
+                program.weight_total_bytes
+                * (first_output * program.reduction + outputs * position)
+                // (program.outputs * program.reduction)
+                for position in inputs
+            )
             content: dict[bool, Any] = {
                 True: (pass_index, block),
                 False: (pass_index, block, row_tile if not program.weights_stationary else column_tile),
@@ -144,31 +189,43 @@ def _schedule(program: TileProgram) -> tuple[list[_Step], list[_Request]]:
             activation_content = (
                 content[not program.weights_stationary] if program.activation_allocation == PANELS else now
             )
-            weight_request, new = weights.load("weights", weight_content, (row_tile, begin), weight_bytes)
+            weight_request, new = weights.load(
+                "weights", weight_content, (row_tile, begin), [_Piece(first_byte, end_byte - first_byte)]
+            )
             if new:
                 requests.append(weight_request)
             activation_request, new = activations.load(
                 "activations",
                 activation_content,
                 (column_tile, begin),
-                tokens * (end_input - first_input) * ACTIVATION_BYTES,
+                _rows_of(
+                    activation_base, row_bytes, tokens, inputs[0] * ACTIVATION_BYTES, inputs[1] * ACTIVATION_BYTES
+                ),
             )
             if new:
                 requests.append(activation_request)
             step = _Step(
                 weights=weight_request,
                 activations=activation_request,
-                dot_product_steps=end - begin,
-                cycles=_chunk_cycles(program, end - begin),
+                dot_product_steps=turns * (end - begin),
+                weight_reads=end - begin,
+                terms=_terms(program, all_steps, begin, end, cycles, turns),
                 halves=[weights.halves[-1], activations.halves[-1]],
             )
             for half in step.halves:
                 half.uses_left += 1
             steps.append(step)
-        values = outputs * tokens
-        steps[-1].leaving_bytes = values * (OUTPUT_BYTES if pass_index == last_pass else PARTIAL_SUM_BYTES)
+
+        def pieces(base: int, size: int, first_output: int, outputs: int, tokens: range) -> list[_Piece]:
+            begin, end = first_output * size, (first_output + outputs) * size
+            return _rows_of(base, program.outputs * size, tokens, begin, end)
+
+        where = first_output, outputs, tokens
+        partial_pieces = pieces(partial_sum_base, PARTIAL_SUM_BYTES, *where)
+        steps[-1].leaving = pieces(output_base, OUTPUT_BYTES, *where) if pass_index == last_pass else partial_pieces
+        steps[-1].drain_cycles = program.drain_cycles if values is None else int(values.drain_cycles[row_tile])
         # The register that partial sums return to is double-buffered like everything else.
-        partial_request, _ = partial_sums.load("outputs", tile, 0, values * PARTIAL_SUM_BYTES)
+        partial_request, _ = partial_sums.load("outputs", tile, 0, partial_pieces)
         steps[-1].register = partial_request.half
         partial_request.half.uses_left = 1
         if pass_index > 0:
@@ -183,70 +240,108 @@ def _arrives_at_once(request: _Request) -> bool:
     return False
 
 
-def run_tile_program_by_cycles(program: TileProgram) -> CycleCount:
+class _Channel:
+    """The time that a request takes."""
+
+    def __init__(self, program: TileProgram, memory: DramTiming | None) -> None:
+        self._bytes_per_cycle = program.burst_bytes
+        self._memory = None if memory is None else DramReference(memory)
+
+    def cycles(self, pieces: list[_Piece], direction: int, now: int) -> int:
+        """Cycles of a request that begins in cycle ``now``."""
+        if self._memory is None:
+            return ceil_divide(sum(piece.bytes for piece in pieces), self._bytes_per_cycle)
+        ends = [self._memory.serve(piece.address, piece.bytes, direction, now) for piece in pieces]
+        return max(ends) - now
+
+    @property
+    def counts(self) -> DramCounts | None:
+        """What a memory with pages did."""
+        return None if self._memory is None else self._memory.counts()
+
+
+def run_tile_program_by_cycles(
+    program: TileProgram, *, memory: DramTiming | None = None, values: ValueTiming | None = None
+) -> CycleCount:
     """As ``termwise.sim.cycle.run_tile_program``, by plain Python and one cycle at a time."""
-    steps, requests = _schedule(program)
+    steps, requests = _schedule(program, values)
+    channel = _Channel(program, memory)
     next_step = 0
+    next_term = 0
     next_request = 0
-    array = "waiting"
-    array_left = 0
+    array = "wait"
+    last_group_end: int | None = None  # the cycle in which this tile issued the last term of its last group
+    drain_left = 0
     in_transfer: _Request | None = None  # None together with channel_left > 0 is a write-back
     channel_left = 0
-    write_back_bytes = 0
+    write_back: list[_Piece] = []
     register_free = True
-    counts = {"compute": 0, "weights": 0, "activations": 0, "drain": 0}
+    counts = {"busy": 0, "scale": 0, "weights": 0, "activations": 0, "drain": 0, "write_back": 0}
     moved = {"weights": 0, "activations": 0, "outputs": 0}
-    dot_product_steps = 0
+    dot_product_steps = weight_reads = 0
     cycle = 0
     while True:
         # 1. What ends here.
-        if array == "computing" and array_left == 0:
+        if array == "issue" and next_term == len(steps[next_step].terms):
             step = steps[next_step]
             for half in step.halves:
                 half.uses_left -= 1
-            if step.leaving_bytes:
-                array, array_left = "draining", program.fill_drain_cycles
+            if step.leaving:
+                array, drain_left = "drain", step.drain_cycles
             else:
-                array = "waiting"
+                array = "wait"
                 next_step += 1
+        if array == "drain" and drain_left == 0:
+            array = "leave"
         # 2. The array takes up what is next.
-        if array == "draining" and array_left == 0:
+        if array == "leave":
             step = steps[next_step]
             arrived = step.partial_sums is None or step.partial_sums.arrived
             if register_free and arrived:
                 register_free = False
-                write_back_bytes = step.leaving_bytes
+                write_back = step.leaving
                 assert step.register is not None
                 step.register.uses_left = 0
+                last_group_end = None
                 next_step += 1
-                array = "waiting" if next_step < len(steps) else "finished"
-        if array == "waiting" and steps[next_step].weights.arrived and steps[next_step].activations.arrived:
-            array, array_left = "computing", steps[next_step].cycles
+                array = "wait" if next_step < len(steps) else "done"
+        if array == "wait" and steps[next_step].weights.arrived and steps[next_step].activations.arrived:
+            array, next_term = "issue", 0
             dot_product_steps += steps[next_step].dot_product_steps
+            weight_reads += steps[next_step].weight_reads
         # 3. The channel.
         if channel_left == 0:
-            if write_back_bytes:
-                channel_left = ceil_divide(write_back_bytes, program.burst_bytes)
-                moved["outputs"] += write_back_bytes
-                write_back_bytes = 0
+            if write_back:
+                channel_left = channel.cycles(write_back, WRITE, cycle)
+                moved["outputs"] += sum(piece.bytes for piece in write_back)
+                write_back = []
                 in_transfer = None
             elif next_request < len(requests) and requests[next_request].half.may_be_filled:
                 in_transfer = requests[next_request]
-                channel_left = ceil_divide(in_transfer.bytes, program.burst_bytes)
+                channel_left = channel.cycles(in_transfer.pieces, READ, cycle)
                 moved[in_transfer.kind] += in_transfer.bytes
                 next_request += 1
-        if array == "finished" and channel_left == 0:
+        if array == "done" and channel_left == 0:
             break
-        # 4. Whose cycle this is.
-        if array == "computing":
-            counts["compute"] += 1
-        elif array == "waiting":
+        # 4. Whose cycle this is. 5. One cycle of work.
+        if array == "issue":
+            ends_group = steps[next_step].terms[next_term]
+            held = last_group_end is not None and cycle < last_group_end + program.dequantization_cycles
+            if ends_group and held:
+                counts["scale"] += 1
+            else:
+                counts["busy"] += 1
+                next_term += 1
+                if ends_group:
+                    last_group_end = cycle
+        elif array == "wait":
             counts["activations" if steps[next_step].weights.arrived else "weights"] += 1
-        else:
+        elif array == "drain":
             counts["drain"] += 1
-        # 5. One cycle of work.
+            drain_left -= 1
+        else:
+            counts["write_back"] += 1
         cycle += 1
-        array_left -= array_left > 0
         if channel_left > 0:
             channel_left -= 1
             if channel_left == 0:
@@ -254,14 +349,15 @@ def run_tile_program_by_cycles(program: TileProgram) -> CycleCount:
                     register_free = True
                 else:
                     in_transfer.arrived = True
+    busy = counts.pop("busy")
     return CycleCount(
         cycles=cycle,
-        compute_cycles=counts["compute"],
-        weight_stall_cycles=counts["weights"],
-        activation_stall_cycles=counts["activations"],
-        drain_stall_cycles=counts["drain"],
+        busy_cycles=busy,
+        stalls=StallCycles(**counts),
         dot_product_steps=dot_product_steps,
+        weight_reads=weight_reads,
         traffic=Traffic(
             weight_bytes=moved["weights"], activation_bytes=moved["activations"], output_bytes=moved["outputs"]
         ),
+        memory=channel.counts,
     )

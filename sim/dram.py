@@ -24,8 +24,7 @@ these presets; a random pattern may be faster here than on a device, or slower t
 
 All times are whole picoseconds, rounded up, so that no burst is faster than the data rate; a request's end is rounded
 up to a clock cycle of the accelerator. ``termwise.sim.dram_reference`` serves burst by burst and is the definition.
-``serve_request`` gives exactly its results at a cost per stripe and refresh. All compiled helpers stand in this file,
-because Numba's cache on disk does not notice a change in another one.
+``termwise.sim.kernels.serve_request`` gives exactly its results at a cost per stripe and refresh.
 """
 
 from __future__ import annotations
@@ -35,63 +34,33 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from termwise.algorithms.errors import InputError, unknown_name
+from termwise.sim.kernels import (
+    BANK_FIELDS,
+    CHANNEL_FIELDS,
+    CONFLICTS,
+    DIRECTION,
+    HITS,
+    MISSES,
+    NEVER,
+    NEXT_REFRESH,
+    NO_DIRECTION,
+    NO_ROW,
+    OPEN_ROW,
+    PICOSECONDS_PER_MICROSECOND,
+    READ_BYTES,
+    REFRESHES,
+    SHARED_FIELDS,
+    TURNAROUNDS,
+    WRITTEN_BYTES,
+    DramTiming,
+)
 
-PICOSECONDS_PER_MICROSECOND = 1_000_000
 MAXIMUM_CLOCK_MHZ = 10_000
-NEVER = np.iinfo(np.int64).max // 4  # ps; no refresh is due
-
-READ, WRITE = 0, 1
-NO_ROW = -1
-NO_DIRECTION = -1
-
-# Fields of the state: what all channels share, ...
-LAST_START = 0  # ps; no request starts before the one before it
-HITS, MISSES, CONFLICTS = 1, 2, 3  # bursts by what they met: their row open, no row open, another row open
-TURNAROUNDS = 4  # changes of a data bus between reading and writing
-REFRESHES = 5  # all-bank refreshes, over all channels
-READ_BYTES, WRITTEN_BYTES = 6, 7  # whole bursts; for ideal memory the bytes asked for
-SHARED_FIELDS = 8
-# ... of a channel, ...
-BUS_FREE, DIRECTION, NEXT_REFRESH = 0, 1, 2
-CHANNEL_FIELDS = 3
-# ... and of a bank: COLUMN_READY while a row is open, CLOSE_READY from when it may be precharged, ACTIVATE_READY while
-# none is open.
-OPEN_ROW, COLUMN_READY, CLOSE_READY, ACTIVATE_READY = 0, 1, 2, 3
-BANK_FIELDS = 4
-
-
-class DramTiming(NamedTuple):
-    """Everything that decides the time of a request, in whole numbers; times in picoseconds (a plain tuple for Numba).
-
-    ``ideal_bytes_per_cycle`` above 0 is memory without latency and pages; nothing else but ``clock_mhz`` counts then.
-    """
-
-    clock_mhz: int
-    ideal_bytes_per_cycle: int
-    channels: int
-    bank_groups: int
-    banks_per_group: int
-    burst_bytes: int
-    bursts_per_row: int
-    burst_ps: int
-    row_to_column_ps: int
-    precharge_ps: int
-    read_latency_ps: int
-    write_latency_ps: int
-    row_active_ps: int
-    read_to_precharge_ps: int
-    write_recovery_ps: int
-    write_to_read_ps: int
-    read_to_write_ps: int
-    refresh_ps: int
-    refresh_interval_ps: int  # 0 where nothing is refreshed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,212 +449,3 @@ def counts(state: NDArray[np.int64]) -> DramCounts:
         read_bytes=int(state[READ_BYTES]),
         written_bytes=int(state[WRITTEN_BYTES]),
     )
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _refresh(timing: DramTiming, state: NDArray[np.int64], channel: int) -> None:
-    """The refresh that is due: all open rows close as soon as they may, and all banks are blocked."""
-    banks = timing.bank_groups * timing.banks_per_group
-    begin = state[channel + NEXT_REFRESH]
-    any_open = False
-    for bank in range(banks):
-        base = channel + CHANNEL_FIELDS + bank * BANK_FIELDS
-        if state[base + OPEN_ROW] != NO_ROW:
-            any_open = True
-            begin = max(begin, state[base + CLOSE_READY])
-    if any_open:
-        begin += timing.precharge_ps
-    for bank in range(banks):
-        base = channel + CHANNEL_FIELDS + bank * BANK_FIELDS
-        if state[base + OPEN_ROW] == NO_ROW:
-            begin = max(begin, state[base + ACTIVATE_READY])
-    for bank in range(banks):
-        base = channel + CHANNEL_FIELDS + bank * BANK_FIELDS
-        state[base + OPEN_ROW] = NO_ROW
-        state[base + ACTIVATE_READY] = begin + timing.refresh_ps
-    state[channel + NEXT_REFRESH] += timing.refresh_interval_ps
-    state[REFRESHES] += 1
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _skip_idle_refreshes(timing: DramTiming, state: NDArray[np.int64], channel: int, start: int) -> None:
-    """All refreshes that are due up to ``start``. The first waits for open rows; the others begin when they are due."""
-    if state[channel + NEXT_REFRESH] > start:
-        return
-    _refresh(timing, state, channel)
-    due = state[channel + NEXT_REFRESH]
-    if due > start:
-        return
-    refreshes = (start - due) // timing.refresh_interval_ps + 1
-    state[REFRESHES] += refreshes
-    state[channel + NEXT_REFRESH] = due + refreshes * timing.refresh_interval_ps
-    end = due + (refreshes - 1) * timing.refresh_interval_ps + timing.refresh_ps
-    for bank in range(timing.bank_groups * timing.banks_per_group):
-        state[channel + CHANNEL_FIELDS + bank * BANK_FIELDS + ACTIVATE_READY] = end
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _serve_burst(
-    timing: DramTiming, state: NDArray[np.int64], channel: int, bank: int, row: int, direction: int, start: int
-) -> bool:
-    """Serve one burst. Returns whether a refresh went before it, which closes all rows of the channel."""
-    base = channel + CHANNEL_FIELDS + bank * BANK_FIELDS
-    latency = timing.read_latency_ps if direction == READ else timing.write_latency_ps
-    refreshed = False
-    while True:
-        if state[base + OPEN_ROW] == row:
-            activate = NEVER
-            column_ready = state[base + COLUMN_READY]
-        else:
-            if state[base + OPEN_ROW] == NO_ROW:
-                activate = max(start, state[base + ACTIVATE_READY])
-            else:
-                activate = max(start, state[base + CLOSE_READY]) + timing.precharge_ps
-            column_ready = activate + timing.row_to_column_ps
-        bus_free = state[channel + BUS_FREE]
-        column = max(start, column_ready, bus_free - latency)
-        if direction == READ and state[channel + DIRECTION] == WRITE:
-            column = max(column, bus_free + timing.write_to_read_ps)
-        elif direction == WRITE and state[channel + DIRECTION] == READ:
-            column = max(column, bus_free + timing.read_to_write_ps - latency)
-        if column < state[channel + NEXT_REFRESH]:
-            break
-        _refresh(timing, state, channel)
-        refreshed = True
-
-    data_end = column + latency + timing.burst_ps
-    if activate == NEVER:
-        state[HITS] += 1
-    else:
-        if state[base + OPEN_ROW] == NO_ROW:
-            state[MISSES] += 1
-        else:
-            state[CONFLICTS] += 1
-        state[base + OPEN_ROW] = row
-        state[base + COLUMN_READY] = column_ready
-        state[base + CLOSE_READY] = activate + timing.row_active_ps
-    close_ready = column + timing.read_to_precharge_ps if direction == READ else data_end + timing.write_recovery_ps
-    state[base + CLOSE_READY] = max(state[base + CLOSE_READY], close_ready)
-    if state[channel + DIRECTION] == 1 - direction:
-        state[TURNAROUNDS] += 1
-    state[channel + DIRECTION] = direction
-    state[channel + BUS_FREE] = data_end
-    return refreshed
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _serve_open_stripe(
-    timing: DramTiming,
-    state: NDArray[np.int64],
-    channel: int,
-    bank_in_group: int,
-    position: int,
-    bursts: int,
-    direction: int,
-) -> int:
-    """Serve up to ``bursts`` bursts from ``position`` of a stripe whose rows are all open, back to back.
-
-    Stops before the column command that a refresh goes before, and returns how many bursts were served.
-    """
-    latency = timing.read_latency_ps if direction == READ else timing.write_latency_ps
-    first_column = state[channel + BUS_FREE] - latency
-    time_to_refresh = state[channel + NEXT_REFRESH] - first_column
-    served = min(bursts, max(0, -(-time_to_refresh // timing.burst_ps)))
-    for index in range(max(0, served - timing.bank_groups), served):
-        group = (position + index) % timing.bank_groups
-        column = first_column + index * timing.burst_ps
-        if direction == READ:
-            close_ready = column + timing.read_to_precharge_ps
-        else:
-            close_ready = column + latency + timing.burst_ps + timing.write_recovery_ps
-        base = channel + CHANNEL_FIELDS + (group * timing.banks_per_group + bank_in_group) * BANK_FIELDS
-        state[base + CLOSE_READY] = max(state[base + CLOSE_READY], close_ready)
-    state[HITS] += served
-    state[channel + BUS_FREE] += served * timing.burst_ps
-    return int(served)
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _serve_channel(
-    timing: DramTiming, state: NDArray[np.int64], channel: int, first: int, last: int, direction: int, start: int
-) -> None:
-    """Serve the bursts ``first`` to ``last`` (numbered within the channel) of one request."""
-    _skip_idle_refreshes(timing, state, channel, start)
-    stripe_bursts = timing.bursts_per_row * timing.bank_groups
-    burst = first
-    while burst <= last:
-        stripe = burst // stripe_bursts
-        stripe_end = min(last + 1, (stripe + 1) * stripe_bursts)
-        bank_in_group = stripe % timing.banks_per_group
-        row = stripe // timing.banks_per_group
-        open_groups = 0  # bursts in a row, up to now, that no refresh went between: so many rows are open
-        while burst < stripe_end:
-            if open_groups < timing.bank_groups:
-                bank = (burst % timing.bank_groups) * timing.banks_per_group + bank_in_group
-                refreshed = _serve_burst(timing, state, channel, bank, row, direction, start)
-                open_groups = 1 if refreshed else open_groups + 1
-                burst += 1
-            else:
-                position = burst % stripe_bursts
-                burst += _serve_open_stripe(
-                    timing, state, channel, bank_in_group, position, stripe_end - burst, direction
-                )
-                open_groups = 0
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def serve_request(
-    timing: DramTiming, state: NDArray[np.int64], address: int, size: int, direction: int, start_cycle: int
-) -> int:
-    """Serve one request and return the cycle of the accelerator at whose beginning its last byte has been moved.
-
-    Args:
-        timing: of the memory and the clock, see ``Dram.timing``.
-        state: int64, from ``new_state``; changed in place.
-        address: of the first byte, from 0.
-        size: bytes. A request of none takes no time and leaves no trace. Whole bursts are moved.
-        direction: ``READ`` or ``WRITE``.
-        start_cycle: the earliest cycle; a request that names an earlier one than the request before it starts with
-            that one. Below 9 · 10¹² cycles, so that times fit 64 bits.
-
-    Nothing is checked here; ``termwise.sim.dram_reference`` serves the same requests one burst at a time.
-    """
-    if size <= 0:
-        return start_cycle
-    if timing.ideal_bytes_per_cycle > 0:
-        start = max(start_cycle, state[LAST_START], state[SHARED_FIELDS + BUS_FREE])  # cycles here
-        end = start + -(-size // timing.ideal_bytes_per_cycle)
-        state[LAST_START] = max(start_cycle, state[LAST_START])
-        state[SHARED_FIELDS + BUS_FREE] = end
-        state[READ_BYTES if direction == READ else WRITTEN_BYTES] += size
-        return int(end)
-
-    start = max(-(-start_cycle * PICOSECONDS_PER_MICROSECOND // timing.clock_mhz), state[LAST_START])
-    state[LAST_START] = start
-    first = address // timing.burst_bytes
-    last = (address + size - 1) // timing.burst_bytes
-    state[READ_BYTES if direction == READ else WRITTEN_BYTES] += (last - first + 1) * timing.burst_bytes
-    channel_fields = CHANNEL_FIELDS + timing.bank_groups * timing.banks_per_group * BANK_FIELDS
-    end = 0
-    for channel in range(timing.channels):
-        first_of_channel = -(-(first - channel) // timing.channels)
-        last_of_channel = (last - channel) // timing.channels
-        if first_of_channel <= last_of_channel:
-            base = SHARED_FIELDS + channel * channel_fields
-            _serve_channel(timing, state, base, first_of_channel, last_of_channel, direction, start)
-            end = max(end, state[base + BUS_FREE])
-    return int(-(-end * timing.clock_mhz // PICOSECONDS_PER_MICROSECOND))
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def serve_requests(
-    timing: DramTiming, state: NDArray[np.int64], requests: NDArray[np.int64], ends: NDArray[np.int64]
-) -> None:
-    """Serve requests in order: ``requests`` int64 [requests, 4] (address, bytes, direction, earliest start cycle).
-
-    The cycle in which each is done goes to ``ends``, int64 [requests].
-    """
-    for index in range(requests.shape[0]):
-        ends[index] = serve_request(
-            timing, state, requests[index, 0], requests[index, 1], requests[index, 2], requests[index, 3]
-        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from termwise.sim.dram import READ, WRITE, DramCounts, DramTiming
+from termwise.sim.dram import DramCounts
+from termwise.sim.kernels import READ, WRITE, DramTiming
 
 
 @dataclass

@@ -26,7 +26,8 @@ from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.shapes import ModelShape, known_shape
 from termwise.algorithms.workload import Gemm, Phase, check_count, check_phase, workload
 from termwise.sim.accelerators import Accelerator, get_accelerator
-from termwise.sim.cycle import ACTIVATION_BYTES, OUTPUT_BYTES
+from termwise.sim.cycle import run_tile_program
+from termwise.sim.kernels import ACTIVATION_BYTES, OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
     PUBLISHED_2024,
@@ -233,22 +234,15 @@ def explain(
     with_metadata = product_total(CLASSES, _closed_form)
     with_refetch = product_total(CLASSES, _planned)
 
-    def simulated(machine: Accelerator) -> dict[str, Cost]:
-        classes = {name: Cost() for name in CLASSES}
-        simulation = _simulation(shape, machine, phase, weights, context)
-        for gemm, layer in zip(gemms, simulation.layers, strict=True):
-            name = _class_of(gemm, shape.head)
-            classes[name] = classes[name].plus(
-                Cost(
-                    compute_cycles=layer.compute_cycles,
-                    dram_cycles=ceil_divide(layer.traffic.total_bytes, machine.dram_bytes_per_cycle),
-                    cycles=layer.cycles,
-                )
-            )
-        return classes
+    def simulated(product: Product, _: Accelerator) -> Cost:
+        count = run_tile_program(plan_product(product))
+        dram_cycles = ceil_divide(count.traffic.total_bytes, product.burst_bytes)
+        return Cost(compute_cycles=count.busy_cycles, dram_cycles=dram_cycles, cycles=count.cycles)
 
-    without_pipeline = simulated(replace(accelerator, fill_drain_cycles=0, dequantization_cycles=0))
-    with_pipeline = simulated(accelerator)
+    def without_pipeline(product: Product, accelerator: Accelerator) -> Cost:
+        return simulated(replace(product, drain_cycles=0, dequantization_cycles=0), accelerator)
+
+    with_pipeline = product_total(CLASSES, simulated)
     stages = [
         published,
         with_head,
@@ -256,7 +250,7 @@ def explain(
         with_precision,
         with_metadata,
         with_refetch,
-        without_pipeline,
+        product_total(CLASSES, without_pipeline),
         with_pipeline,
     ]
     totals = [sum(cost.cycles for cost in stage.values()) for stage in stages]
@@ -280,9 +274,9 @@ def explain(
 def batch_table() -> str:
     """Decode of Llama-2-7B with a growing batch: where the limit moves from external memory to the array."""
     lines = [
-        "| accelerator | batch | cycles per token | compute | stall on weights | stall on activations | drain "
-        "| PE utilization |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| accelerator | batch | cycles per token | busy | stall on weights | stall on activations | drain "
+        "| write-back | PE utilization |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in ("fp16", "bitmod-lossy"):
         for batch in (1, 4, 16, 64):
@@ -290,7 +284,7 @@ def batch_table() -> str:
             stalls = result.stall_cycles
             shares = " | ".join(
                 f"{100 * part / result.cycles:.1f} %"
-                for part in (result.compute_cycles, stalls.weights, stalls.activations, stalls.drain)
+                for part in (result.busy_cycles, stalls.weights, stalls.activations, stalls.drain, stalls.write_back)
             )
             lines.append(
                 f"| {name} | {batch} | {round(result.cycles / batch):,} | {shares} "

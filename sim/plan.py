@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from termwise.algorithms.errors import InputError
-from termwise.sim.cycle import (
+from termwise.sim.cycle import Traffic
+from termwise.sim.kernels import (
     ACTIVATION_BYTES,
     CHUNKS,
     OUTPUT_BYTES,
@@ -27,11 +28,13 @@ from termwise.sim.cycle import (
     PARTIAL_SUM_BYTES,
     RESIDENT,
     TileProgram,
-    Traffic,
+    steps_of,
 )
 
 MAXIMUM_CHUNK_INPUTS = 1024
 MAXIMUM_PASSES = 16
+COUNTER_LIMIT = 1 << 62
+PICOSECOND_COUNTER_LIMIT = 9 * 10**12  # cycles, see termwise.sim.kernels.serve_request
 # A split reduction reads a partial sum back after at least this many other tiles, so that it has been written by then.
 MINIMUM_TILES_OF_SPLIT_REDUCTION = 3
 
@@ -40,9 +43,19 @@ MINIMUM_TILES_OF_SPLIT_REDUCTION = 3
 class Product:
     """One product on one array, before it is planned.
 
-    ``weight_buffer_bits`` are bits per weight on chip (they set what fits), ``weight_total_bytes`` the bytes of the
-    whole matrix off chip. ``group_inputs`` is the number of inputs that share a scale (0: the whole row), and
-    ``dequantization_cycles`` what scaling the sum of such a group takes (0: nothing that could be seen).
+    Attributes:
+        tokens, reduction, outputs: sizes.
+        rows, columns, lanes: of the array.
+        token_groups: how many times ``columns`` tokens may take turns on the same weights, 1 where outputs stay in
+            the PEs (``docs/microarchitecture.md``, section 9).
+        cycles_per_step: issue cycles of a dot-product step.
+        weight_buffer_bits: bits per weight on chip; they set what fits.
+        weight_total_bytes: bytes of the whole matrix off chip.
+        group_inputs: inputs that share a scale; 0 for the whole row.
+        dequantization_cycles: least distance of the ends of two groups; 0 or 1 where there is none.
+        drain_cycles: from a tile's last issue until its outputs may leave.
+        weight_buffer_bytes, activation_buffer_bytes: both halves.
+        burst_bytes: bytes that ideal memory moves in a cycle; 0 for a memory with pages.
     """
 
     tokens: int
@@ -56,10 +69,11 @@ class Product:
     weight_total_bytes: int
     group_inputs: int
     dequantization_cycles: int
-    fill_drain_cycles: int
+    drain_cycles: int
     weight_buffer_bytes: int
     activation_buffer_bytes: int
     burst_bytes: int
+    token_groups: int = 1
 
 
 def ceil_divide(numerator: int, denominator: int) -> int:
@@ -69,11 +83,10 @@ def ceil_divide(numerator: int, denominator: int) -> int:
 
 def tile_counts(program: TileProgram) -> tuple[int, int, int]:
     """Row tiles, column tiles and passes of a program."""
-    steps = ceil_divide(program.reduction, program.lanes)
     return (
         ceil_divide(program.outputs, program.rows),
-        ceil_divide(program.tokens, program.columns),
-        ceil_divide(steps, program.segment_steps),
+        ceil_divide(program.tokens, program.columns * program.token_groups),
+        ceil_divide(int(steps_of(program)), program.segment_steps),
     )
 
 
@@ -109,7 +122,30 @@ def _allocation(panels: int, panel_bits: float, operand_bits: float, buffer_byte
 
 
 def _candidate(product: Product, passes: int, weights_stationary: bool) -> TileProgram:
-    steps = ceil_divide(product.reduction, product.lanes)
+    token_groups = min(product.token_groups, ceil_divide(product.tokens, product.columns))
+    columns = product.columns * token_groups
+    program = TileProgram(
+        tokens=product.tokens,
+        reduction=product.reduction,
+        outputs=product.outputs,
+        rows=product.rows,
+        columns=product.columns,
+        token_groups=token_groups,
+        lanes=product.lanes,
+        group_inputs=product.group_inputs,
+        cycles_per_step=product.cycles_per_step,
+        dequantization_cycles=product.dequantization_cycles,
+        drain_cycles=product.drain_cycles,
+        weight_total_bytes=product.weight_total_bytes,
+        burst_bytes=product.burst_bytes,
+        segment_steps=1,
+        chunk_steps=1,
+        weights_stationary=int(weights_stationary),
+        panels_per_block=1,
+        weight_allocation=CHUNKS,
+        activation_allocation=CHUNKS,
+    )
+    steps = int(steps_of(program))
     group_steps = ceil_divide(product.group_inputs, product.lanes)
     segment_steps = ceil_divide(steps, passes)
     if group_steps:
@@ -117,71 +153,73 @@ def _candidate(product: Product, passes: int, weights_stationary: bool) -> TileP
     segment_steps = min(segment_steps, steps)
     segment_inputs = min(segment_steps * product.lanes, product.reduction)
 
-    row_tiles = ceil_divide(product.outputs, product.rows)
-    column_tiles = ceil_divide(product.tokens, product.columns)
     weight_row_bits = min(product.rows, product.outputs) * product.weight_buffer_bits
-    activation_row_bits = min(product.columns, product.tokens) * 8 * ACTIVATION_BYTES
+    activation_row_bits = min(columns, product.tokens) * 8 * ACTIVATION_BYTES
     weight_kind, weight_panels = _allocation(
-        row_tiles,
+        ceil_divide(product.outputs, product.rows),
         weight_row_bits * segment_inputs,
         product.outputs * product.reduction * product.weight_buffer_bits,
         product.weight_buffer_bytes,
     )
     activation_kind, activation_panels = _allocation(
-        column_tiles,
+        ceil_divide(product.tokens, columns),
         activation_row_bits * segment_inputs,
         product.tokens * product.reduction * 8 * ACTIVATION_BYTES,
         product.activation_buffer_bytes,
     )
 
-    scaling_shows = group_steps * product.cycles_per_step < product.dequantization_cycles
-    visible_group_steps = group_steps if scaling_shows else 0
     fitting_inputs = min(
         4 * product.weight_buffer_bytes // weight_row_bits, 4 * product.activation_buffer_bytes // activation_row_bits
     )
     chunk_steps = min(int(fitting_inputs), MAXIMUM_CHUNK_INPUTS) // product.lanes
-    if visible_group_steps:
-        chunk_steps = max(chunk_steps // visible_group_steps, 1) * visible_group_steps
-    if chunk_steps < 1 or chunk_steps * product.lanes > fitting_inputs:
+    if chunk_steps < 1:
         raise InputError(
-            f"an array of {product.rows} × {product.columns} PEs needs more than half a buffer "
+            f"an array of {product.rows} × {columns} PEs needs more than half a buffer "
             f"({product.weight_buffer_bytes // 2} bytes for weights, {product.activation_buffer_bytes // 2} for "
             "activations) for one dot-product step; expected a smaller array or larger buffers"
         )
-    return TileProgram(
-        tokens=product.tokens,
-        reduction=product.reduction,
-        outputs=product.outputs,
-        rows=product.rows,
-        columns=product.columns,
-        lanes=product.lanes,
-        cycles_per_step=product.cycles_per_step,
-        group_steps=visible_group_steps,
-        group_cycles=product.dequantization_cycles if visible_group_steps else 0,
-        fill_drain_cycles=product.fill_drain_cycles,
-        weight_total_bytes=product.weight_total_bytes,
-        burst_bytes=product.burst_bytes,
+    return program._replace(
         segment_steps=segment_steps,
         chunk_steps=min(chunk_steps, segment_steps),
-        weights_stationary=int(weights_stationary),
         panels_per_block=max(1, weight_panels if weights_stationary else activation_panels),
         weight_allocation=weight_kind,
         activation_allocation=activation_kind,
     )
 
 
+def check_count_range(program: TileProgram) -> None:
+    """Raise ``InputError`` where bytes, steps or cycles might not fit the kernel's 64-bit counters.
+
+    Bounds from above: every byte of the traffic alone on a channel that moves one in a cycle, after everything else. A
+    memory with pages counts picoseconds.
+    """
+    row_tiles, column_tiles, passes = tile_counts(program)
+    tiles = row_tiles * column_tiles
+    steps = ceil_divide(program.reduction, program.lanes) + program.reduction
+    issue = tiles * steps * program.token_groups * (program.cycles_per_step + program.dequantization_cycles)
+    traffic = planned_traffic(program).total_bytes
+    cycles = issue + tiles * passes * program.drain_cycles + traffic
+    limit = COUNTER_LIMIT if program.burst_bytes else PICOSECOND_COUNTER_LIMIT
+    if max(cycles, 3 * steps * tiles) >= limit:
+        raise InputError(
+            f"a product of {program.tokens} × {program.reduction} by {program.reduction} × {program.outputs} numbers "
+            f"may take more cycles than the simulator counts ({limit}); expected fewer tokens or a smaller matrix"
+        )
+
+
 def plan_product(product: Product, *, passes: int | None = None, weights_stationary: bool | None = None) -> TileProgram:
     """The program of least traffic for ``product``, with ``passes`` and the stationary operand fixed where given.
 
-    Raises ``InputError`` where a single dot-product step does not fit in half a buffer, or the matrix is too large
-    for 64-bit byte positions.
+    Raises ``InputError`` where a single dot-product step does not fit in half a buffer, or the product is too large
+    for 64-bit byte positions and counts.
     """
     if product.outputs * product.reduction * max(product.weight_total_bytes, 1) >= 1 << 63:
         raise InputError(
             f"a matrix of {product.outputs} × {product.reduction} numbers in {product.weight_total_bytes} bytes is "
             "too large to simulate; expected numbers × bytes below 2^63"
         )
-    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, product.columns)
+    columns = product.columns * product.token_groups
+    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, columns)
     most_passes = MAXIMUM_PASSES if tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
     candidates = [
         _candidate(product, pass_count, stationary)
@@ -189,4 +227,6 @@ def plan_product(product: Product, *, passes: int | None = None, weights_station
         for stationary in ((True, False) if weights_stationary is None else (weights_stationary,))
     ]
     # min keeps the first of equals: the fewest passes, then stationary weights.
-    return min(candidates, key=lambda candidate: planned_traffic(candidate).total_bytes)
+    program = min(candidates, key=lambda candidate: planned_traffic(candidate).total_bytes)
+    check_count_range(program)
+    return program

@@ -11,14 +11,15 @@ The machine (``docs/simulator.md`` gives the reasons and what is not modelled):
 * One channel to external memory moves one request at a time, in order; a request of n bytes takes
   ceil(n / ``dram_bytes_per_cycle``) cycles. A finished tile waits in a write-back register and goes first.
 * A step waits for its weights and activations. A load waits for its half of the buffer. After its last step a tile
-  takes ``fill_drain_cycles`` to drain; it leaves when the register is free and its partial sums have arrived.
-* Scaling a group's sum bit-serially takes ``dequantization_cycles`` and is hidden behind the next group; where a group
-  has fewer cycles than that, the group takes that many.
+  drains for as long as the PE's pipeline is deep; it leaves when the register is free and its partial sums have
+  arrived.
+* Scaling a group's sum bit-serially takes a cycle per bit of the scale and is hidden behind the next group; where that
+  is shorter, its last term waits.
 * A product starts when the one before has finished, with empty buffers. Repeated products cost the same each time, so
   one is simulated and multiplied.
 
-Every cycle belongs to exactly one cause: compute, stall on weights, stall on activations, or drain (pipeline fill and
-drain, a full write-back register, late partial sums, the last write-back). Weights are named first where both miss.
+Every cycle belongs to exactly one cause: busy, or a stall on scaling, weights, activations, the drain, or the
+write-back (a full register, late partial sums, the last write-back). Weights are named first where both miss.
 
 Energy: a PE's energy per cycle × place-and-route factor × all PEs × compute cycles (PEs without work in a tile that is
 not full are not gated, as published; in all other cycles the array's clock is gated). Buffers: one read of both ports
@@ -28,6 +29,7 @@ memory: energy per bit × traffic.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,7 +38,8 @@ from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
 from termwise.sim.accelerators import Accelerator
-from termwise.sim.cycle import ACTIVATION_BYTES, CycleCount, TileProgram, Traffic, run_tile_program
+from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
+from termwise.sim.kernels import ACTIVATION_BYTES, TileProgram
 from termwise.sim.memory import buffer_access_pj, buffer_write_pj_per_bit
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
 
@@ -57,15 +60,6 @@ class Energy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StallCycles:
-    """Cycles in which the array does not compute, by cause."""
-
-    weights: int
-    activations: int
-    drain: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerSimulation:
     """One distinct product; all sums are over its ``repeats``."""
 
@@ -77,7 +71,7 @@ class LayerSimulation:
     repeats: int
     passes: int
     cycles: int
-    compute_cycles: int
+    busy_cycles: int
     stall_cycles: StallCycles
     traffic: Traffic
     energy: Energy
@@ -94,7 +88,7 @@ class LayerSimulation:
             "repeats": self.repeats,
             "passes": self.passes,
             "cycles": self.cycles,
-            "busy": self.compute_cycles,
+            "busy": self.busy_cycles,
             "stalls": asdict(self.stall_cycles),
             **_traffic_to_dict(self.traffic),
             "energy_uj": _energy_to_dict(self.energy),
@@ -118,7 +112,7 @@ class Simulation:
     clock_mhz: int
     key_value_bits: int
     cycles: int
-    compute_cycles: int
+    busy_cycles: int
     stall_cycles: StallCycles
     traffic: Traffic
     energy: Energy
@@ -161,7 +155,7 @@ class Simulation:
             "latency_ms": self.latency_ms,
             "tokens_per_second": self.tokens_per_second,
             "energy_per_token_uj": self.energy.total_uj / self.tokens,
-            "busy": self.compute_cycles,
+            "busy": self.busy_cycles,
             "stalls": asdict(self.stall_cycles),
             **_traffic_to_dict(self.traffic),
             "energy_uj": _energy_to_dict(self.energy),
@@ -198,11 +192,13 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         cycles_per_step = element.cycles_per_step(weights)
         buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
         total_bytes = weights.packed_bytes(gemm.outputs, gemm.reduction)
+        pipeline = element.pipeline(weights, gemm.reduction)
         group_inputs = weights.group_size or 0
     else:
         cycles_per_step = element.key_value_cycles_per_step(accelerator.key_value_bits)
         buffer_bits = float(accelerator.key_value_bits)
         total_bytes = ceil_divide(gemm.outputs * gemm.reduction * accelerator.key_value_bits, 8)
+        pipeline = element.key_value_pipeline(accelerator.key_value_bits)
         group_inputs = 0
     return Product(
         tokens=gemm.tokens,
@@ -215,8 +211,8 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         weight_buffer_bits=buffer_bits,
         weight_total_bytes=total_bytes,
         group_inputs=group_inputs if group_inputs < gemm.reduction else 0,
-        dequantization_cycles=accelerator.dequantization_cycles,
-        fill_drain_cycles=accelerator.fill_drain_cycles,
+        dequantization_cycles=pipeline.dequantization_cycles,
+        drain_cycles=pipeline.drain_cycles,
         weight_buffer_bytes=accelerator.weight_buffer_bytes,
         activation_buffer_bytes=accelerator.activation_buffer_bytes,
         burst_bytes=accelerator.dram_bytes_per_cycle,
@@ -228,7 +224,8 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
     reads = accelerator.port_reads_per_step
     weight_port_bits = product.lanes * product.weight_buffer_bits * product.rows / reads
     activation_port_bits = product.lanes * 8 * ACTIVATION_BYTES * product.columns / reads
-    read_pj = buffer_access_pj("read", weight_port_bits) + buffer_access_pj("read", activation_port_bits)
+    read_pj = count.weight_reads * buffer_access_pj("read", weight_port_bits)
+    read_pj += count.dot_product_steps * buffer_access_pj("read", activation_port_bits)
     # Weights may take more bits in the buffer than in external memory, where a decoder stands between the two.
     buffered_weight_bits = (
         count.traffic.weight_bytes
@@ -245,8 +242,8 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
     )
     pe_pj_per_cycle = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
     return Energy(
-        pe_uj=pe_pj_per_cycle * product.rows * product.columns * count.compute_cycles / 1e6,
-        sram_read_uj=count.dot_product_steps * reads * read_pj / 1e6,
+        pe_uj=pe_pj_per_cycle * product.rows * product.columns * count.busy_cycles / 1e6,
+        sram_read_uj=reads * read_pj / 1e6,
         sram_write_uj=written_pj / 1e6,
         dram_uj=8 * count.traffic.total_bytes * accelerator.dram_pj_per_bit / 1e6,
     )
@@ -259,11 +256,7 @@ def _useful_pe_cycles(product: Product) -> int:
 
 
 def _times(repeats: int, count: CycleCount) -> tuple[StallCycles, Traffic]:
-    stalls = StallCycles(
-        weights=repeats * count.weight_stall_cycles,
-        activations=repeats * count.activation_stall_cycles,
-        drain=repeats * count.drain_stall_cycles,
-    )
+    stalls = StallCycles().plus(count.stalls, repeats)
     traffic = Traffic(
         weight_bytes=repeats * count.traffic.weight_bytes,
         activation_bytes=repeats * count.traffic.activation_bytes,
@@ -286,7 +279,7 @@ def _layer(
         repeats=gemm.repeats,
         passes=tile_counts(program)[2],
         cycles=gemm.repeats * count.cycles,
-        compute_cycles=gemm.repeats * count.compute_cycles,
+        busy_cycles=gemm.repeats * count.busy_cycles,
         stall_cycles=stalls,
         traffic=traffic,
         energy=Energy(
@@ -344,12 +337,8 @@ def simulate(
         clock_mhz=accelerator.clock_mhz,
         key_value_bits=accelerator.key_value_bits,
         cycles=cycles,
-        compute_cycles=sum(layer.compute_cycles for layer in layers),
-        stall_cycles=StallCycles(
-            weights=sum(layer.stall_cycles.weights for layer in layers),
-            activations=sum(layer.stall_cycles.activations for layer in layers),
-            drain=sum(layer.stall_cycles.drain for layer in layers),
-        ),
+        busy_cycles=sum(layer.busy_cycles for layer in layers),
+        stall_cycles=functools.reduce(StallCycles.plus, (layer.stall_cycles for layer in layers), StallCycles()),
         traffic=Traffic(
             weight_bytes=sum(layer.traffic.weight_bytes for layer in layers),
             activation_bytes=sum(layer.traffic.activation_bytes for layer in layers),

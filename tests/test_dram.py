@@ -11,20 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from termwise.algorithms.errors import InputError
-from termwise.sim.dram import (
-    READ,
-    WRITE,
-    Dram,
-    DramCounts,
-    DramTiming,
-    counts,
-    dram_names,
-    get_dram,
-    new_state,
-    serve_request,
-    serve_requests,
-)
+from termwise.sim.dram import Dram, DramCounts, counts, dram_names, get_dram, new_state
 from termwise.sim.dram_reference import DramReference
+from termwise.sim.kernels import READ, WRITE, DramTiming, serve_request, serve_requests
 
 DEVICES = tuple(name for name in dram_names() if name != "ideal")
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +18,11 @@ from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase, workload
 from termwise.sim.accelerators import accelerator_names, get_accelerator
-from termwise.sim.cycle import CycleCount, TileProgram, run_tile_program
+from termwise.sim.cycle import CycleCount, StallCycles, ValueTiming, run_tile_program
 from termwise.sim.cycle_reference import run_tile_program_by_cycles
+from termwise.sim.dram import dram_names, get_dram
 from termwise.sim.explain import REASONS, batch_table, explain
+from termwise.sim.kernels import TileProgram, steps_of
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic, tile_counts
 from termwise.sim.published import PUBLISHED_2025, PUBLISHED_STATES, PublishedState, simulate_published
 from termwise.sim.simulate import Simulation, product_of, simulate
@@ -42,7 +45,7 @@ def product(**changes: float) -> Product:
         weight_total_bytes=32,
         group_inputs=0,
         dequantization_cycles=0,
-        fill_drain_cycles=0,
+        drain_cycles=0,
         weight_buffer_bytes=4096,
         activation_buffer_bytes=4096,
         burst_bytes=1,
@@ -55,22 +58,24 @@ def products(draw: st.DrawFn) -> Product:
     """Small products, most of them too large for their buffers in one way or another."""
     outputs = draw(st.integers(1, 40))
     reduction = draw(st.integers(1, 60))
+    columns = draw(st.integers(1, 8))
     return Product(
         tokens=draw(st.integers(1, 30)),
         reduction=reduction,
         outputs=outputs,
         rows=draw(st.integers(1, 8)),
-        columns=draw(st.integers(1, 8)),
+        columns=columns,
         lanes=draw(st.sampled_from([1, 2, 4])),
         cycles_per_step=draw(st.integers(1, 4)),
         weight_buffer_bits=draw(st.sampled_from([3.1, 4, 8, 16])),
         weight_total_bytes=draw(st.integers(1, 2 * outputs * reduction)),
-        group_inputs=draw(st.sampled_from([0, 4, 8, 16, 128])),
-        dequantization_cycles=draw(st.sampled_from([0, 8])),
-        fill_drain_cycles=draw(st.sampled_from([0, 1, 4, 12])),
+        group_inputs=draw(st.sampled_from([0, 3, 4, 6, 8, 16, 128])),
+        dequantization_cycles=draw(st.sampled_from([0, 1, 8, 11])),
+        drain_cycles=draw(st.sampled_from([0, 1, 4, 12])),
         weight_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
         activation_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
         burst_bytes=draw(st.sampled_from([1, 2, 5, 8, 32, 1000])),
+        token_groups=min(draw(st.sampled_from([1, 1, 2, 3])), 16 // columns),  # a step fits in the smallest half
     )
 
 
@@ -86,8 +91,7 @@ def tile_passes(program: TileProgram) -> int:
 
 
 def causes(count: CycleCount) -> int:
-    stalls = count.weight_stall_cycles + count.activation_stall_cycles + count.drain_stall_cycles
-    return count.compute_cycles + stalls
+    return count.busy_cycles + count.stalls.total
 
 
 # Kernel and reference.
@@ -100,11 +104,41 @@ def test_kernel_equals_the_reference_that_counts_single_cycles(program: TileProg
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
+@given(programs(), st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 200]))
+def test_kernel_equals_the_reference_with_steps_and_drains_that_depend_on_values(
+    program: TileProgram, seed: int, most: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    rows = ceil_divide(program.outputs, program.rows)
+    values = ValueTiming(
+        step_cycles=generator.integers(1, most, (rows, int(steps_of(program))), endpoint=True),
+        drain_cycles=generator.integers(0, 30, rows),
+    )
+    count = run_tile_program(program, values=values)
+    assert count == run_tile_program_by_cycles(program, values=values)
+    assert count == run_tile_program(program, values=values, fast_forward=False)
+    assert causes(count) == count.cycles
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(programs(), st.sampled_from([name for name in dram_names() if name != "ideal"]), st.sampled_from([200, 1000]))
+def test_kernel_equals_the_reference_with_a_memory_of_pages(program: TileProgram, memory: str, clock: int) -> None:
+    timing = get_dram(memory).timing(clock)
+    program = program._replace(burst_bytes=0)
+    count = run_tile_program(program, memory=timing)
+    assert count == run_tile_program_by_cycles(program, memory=timing)
+    assert causes(count) == count.cycles
+    assert count.memory is not None
+    assert count.memory.read_bytes + count.memory.written_bytes >= count.traffic.total_bytes
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(products(), st.integers(1, 7), st.booleans())
 def test_kernel_equals_the_reference_on_plans_that_are_not_the_best(
     product: Product, passes: int, weights_stationary: bool
 ) -> None:
-    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, product.columns)
+    columns = product.columns * product.token_groups
+    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, columns)
     program = plan_product(product, passes=passes if tiles >= 3 else 1, weights_stationary=weights_stationary)
     count = run_tile_program(program)
     assert count == run_tile_program_by_cycles(program)
@@ -141,7 +175,7 @@ def test_fast_forward_changes_nothing_in_a_large_product(weights_stationary: boo
         cycles_per_step=2,
         group_inputs=128,
         dequantization_cycles=8,
-        fill_drain_cycles=12,
+        drain_cycles=12,
         weight_buffer_bits=4.1,
         weight_total_bytes=11008 * 2116,
         weight_buffer_bytes=1 << 19,
@@ -175,7 +209,7 @@ def test_random_programs_cover_every_kind_of_allocation_and_split() -> None:
 def test_every_cycle_has_one_cause_and_no_server_is_beaten(program: TileProgram) -> None:
     count = run_tile_program(program)
     assert causes(count) == count.cycles
-    assert count.cycles >= count.compute_cycles + tile_passes(program) * program.fill_drain_cycles
+    assert count.cycles >= count.busy_cycles + tile_passes(program) * program.drain_cycles
     assert count.cycles >= ceil_divide(count.traffic.total_bytes, program.burst_bytes)
 
 
@@ -184,12 +218,10 @@ def test_every_cycle_has_one_cause_and_no_server_is_beaten(program: TileProgram)
 def test_compute_cycles_are_tiles_times_steps_times_cycles_per_step(program: TileProgram) -> None:
     count = run_tile_program(program)
     row_tiles, column_tiles, _ = tile_counts(program)
-    steps = row_tiles * column_tiles * ceil_divide(program.reduction, program.lanes)
-    assert count.dot_product_steps == steps
-    if program.group_steps == 0:
-        assert count.compute_cycles == steps * program.cycles_per_step
-    else:
-        assert count.compute_cycles >= steps * program.cycles_per_step
+    columns = ceil_divide(program.tokens, program.columns)
+    assert count.dot_product_steps == row_tiles * columns * int(steps_of(program))
+    assert count.weight_reads == row_tiles * column_tiles * int(steps_of(program))
+    assert count.busy_cycles == count.dot_product_steps * program.cycles_per_step
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -225,14 +257,12 @@ def test_larger_buffers_move_no_more_bytes(product: Product) -> None:
 @RUNNERS
 def test_with_a_channel_of_any_width_only_first_loads_and_last_write_back_show(run: Runner) -> None:
     program = plan_product(
-        product(outputs=10, tokens=9, reduction=32, weight_total_bytes=320, fill_drain_cycles=5, burst_bytes=1 << 20)
+        product(outputs=10, tokens=9, reduction=32, weight_total_bytes=320, drain_cycles=5, burst_bytes=1 << 20)
     )
     count = run(program)
     tiles, steps = 3 * 3, 32
-    assert count.compute_cycles == tiles * steps
-    assert count.weight_stall_cycles == 1
-    assert count.activation_stall_cycles == 1
-    assert count.drain_stall_cycles == tiles * 5 + 1
+    assert count.busy_cycles == tiles * steps
+    assert count.stalls == StallCycles(weights=1, activations=1, drain=tiles * 5, write_back=1)
     assert count.cycles == tiles * (steps + 5) + 3
 
 
@@ -241,16 +271,15 @@ def test_with_a_channel_of_any_width_only_first_loads_and_last_write_back_show(r
 
 @RUNNERS
 def test_one_tile_loads_then_computes_then_drains_then_writes(run: Runner) -> None:
-    count = run(plan_product(product(fill_drain_cycles=3)))
+    count = run(plan_product(product(drain_cycles=3)))
     # 32 bytes of weights, 4 tokens × 8 inputs × 2 bytes, 8 steps, 3 to drain, 4 × 4 outputs × 2 bytes.
     assert count == CycleCount(
         cycles=32 + 64 + 8 + 3 + 32,
-        compute_cycles=8,
-        weight_stall_cycles=32,
-        activation_stall_cycles=64,
-        drain_stall_cycles=3 + 32,
+        busy_cycles=8,
+        stalls=StallCycles(weights=32, activations=64, drain=3, write_back=32),
         dot_product_steps=8,
-        traffic=planned_traffic(plan_product(product(fill_drain_cycles=3))),
+        weight_reads=8,
+        traffic=planned_traffic(plan_product(product(drain_cycles=3))),
     )
 
 
@@ -261,7 +290,7 @@ def test_second_tile_loads_while_the_first_computes_and_the_write_back_goes_firs
     # 32 + 64 cycles until the first tile starts; the second one's weights arrive 32 cycles into its 40.
     # Its write-back hides behind the second tile; the last one shows.
     assert count.cycles == 32 + 64 + 40 + 40 + 32
-    assert (count.weight_stall_cycles, count.activation_stall_cycles, count.drain_stall_cycles) == (32, 64, 32)
+    assert count.stalls == StallCycles(weights=32, activations=64, write_back=32)
 
 
 @RUNNERS
@@ -271,20 +300,23 @@ def test_full_write_back_register_holds_the_next_tile(run: Runner) -> None:
     # 96: first tile starts; 104: it leaves, but the channel loads the second one's weights until 128. The write-back
     # takes 128 .. 160. The second tile computes 128 .. 136, waits until 160 and is written until 192.
     assert count.cycles == 192
-    assert (count.compute_cycles, count.weight_stall_cycles) == (16, 32 + 24)
-    assert (count.activation_stall_cycles, count.drain_stall_cycles) == (64, 24 + 32)
+    assert count.busy_cycles == 16
+    assert count.stalls == StallCycles(weights=32 + 24, activations=64, write_back=24 + 32)
 
 
 @RUNNERS
 def test_groups_shorter_than_their_scaling_take_its_time(run: Runner) -> None:
-    # 8 inputs in 2 groups of 4: one step of 2 cycles each with 4 lanes, but scaling takes 8.
+    # 8 inputs in 2 groups of 4: one step of 2 cycles each with 4 lanes, but scaling takes 8: the last issues of the
+    # groups are 8 cycles apart, 2 of them busy.
     short = product(lanes=4, cycles_per_step=2, group_inputs=4, dequantization_cycles=8)
-    assert run(plan_product(short)).compute_cycles == 16
+    count = run(plan_product(short))
+    assert (count.busy_cycles, count.stalls.scale) == (4, 6)
     # 128 inputs at 2 cycles per step hide it: 32 steps of 2 cycles.
     long = product(
         lanes=4, cycles_per_step=2, group_inputs=128, dequantization_cycles=8, reduction=256, weight_total_bytes=1024
     )
-    assert run(plan_product(long)).compute_cycles == 128
+    count = run(plan_product(long))
+    assert (count.busy_cycles, count.stalls.scale) == (128, 0)
 
 
 def test_operands_that_fit_are_loaded_once() -> None:
@@ -404,7 +436,7 @@ def test_fewer_bits_cost_fewer_bytes_and_terms_set_the_compute(small_shape: Mode
     assert traffic == sorted(traffic, reverse=True)
 
     def linear_compute(result: Simulation) -> int:
-        return sum(layer.compute_cycles for layer in result.layers if layer.operand == "weight")
+        return sum(layer.busy_cycles for layer in result.layers if layer.operand == "weight")
 
     compute = [linear_compute(result) for result in results.values()]
     assert compute[0] * 3 == compute[1] * 4
