@@ -24,6 +24,7 @@ says; an extreme of the other sign saturates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -174,6 +175,7 @@ def booth_digits(number: int, bits: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+@functools.cache
 def fixed_point_digits(number: int, magnitude_bits: int) -> tuple[int, int]:
     """Two digits, of places 1 and 0, each 0 or ± a power of two: number = 2 · first + second.
 

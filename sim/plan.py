@@ -16,6 +16,7 @@ the plan takes the one with the least traffic; among equals the one with the few
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from termwise.algorithms.errors import InputError
@@ -121,9 +122,21 @@ def _allocation(panels: int, panel_bits: float, operand_bits: float, buffer_byte
     return (PANELS, min(fitting, panels)) if fitting else (CHUNKS, 1)
 
 
-def _candidate(product: Product, passes: int, weights_stationary: bool) -> TileProgram:
+def _whole(product: Product) -> TileProgram:
+    """The program of one pass without its allocations. Raises ``InputError`` where a step fits in no half buffer."""
     token_groups = min(product.token_groups, ceil_divide(product.tokens, product.columns))
     columns = product.columns * token_groups
+    fitting_inputs = min(
+        4 * product.weight_buffer_bytes // (min(product.rows, product.outputs) * product.weight_buffer_bits),
+        4 * product.activation_buffer_bytes // (min(columns, product.tokens) * 8 * ACTIVATION_BYTES),
+    )
+    chunk_steps = min(int(fitting_inputs), MAXIMUM_CHUNK_INPUTS) // product.lanes
+    if chunk_steps < 1:
+        raise InputError(
+            f"an array of {product.rows} × {columns} PEs needs more than half a buffer "
+            f"({product.weight_buffer_bytes // 2} bytes for weights, {product.activation_buffer_bytes // 2} for "
+            "activations) for one dot-product step; expected a smaller array or larger buffers"
+        )
     program = TileProgram(
         tokens=product.tokens,
         reduction=product.reduction,
@@ -140,47 +153,39 @@ def _candidate(product: Product, passes: int, weights_stationary: bool) -> TileP
         burst_bytes=product.burst_bytes,
         segment_steps=1,
         chunk_steps=1,
-        weights_stationary=int(weights_stationary),
+        weights_stationary=1,
         panels_per_block=1,
         weight_allocation=CHUNKS,
         activation_allocation=CHUNKS,
     )
     steps = int(steps_of(program))
-    group_steps = ceil_divide(product.group_inputs, product.lanes)
-    segment_steps = ceil_divide(steps, passes)
-    if group_steps:
-        segment_steps = ceil_divide(segment_steps, group_steps) * group_steps
-    segment_steps = min(segment_steps, steps)
-    segment_inputs = min(segment_steps * product.lanes, product.reduction)
+    return program._replace(segment_steps=steps, chunk_steps=min(chunk_steps, steps))
 
-    weight_row_bits = min(product.rows, product.outputs) * product.weight_buffer_bits
-    activation_row_bits = min(columns, product.tokens) * 8 * ACTIVATION_BYTES
+
+def _candidate(product: Product, whole: TileProgram, passes: int, weights_stationary: bool) -> TileProgram:
+    steps = whole.segment_steps
+    segment_steps = ceil_divide(steps, passes)
+    if product.group_inputs:
+        group_steps = ceil_divide(product.group_inputs, product.lanes)
+        segment_steps = min(ceil_divide(segment_steps, group_steps) * group_steps, steps)
+    segment_inputs = min(segment_steps * product.lanes, product.reduction)
+    columns = whole.columns * whole.token_groups
     weight_kind, weight_panels = _allocation(
         ceil_divide(product.outputs, product.rows),
-        weight_row_bits * segment_inputs,
+        min(product.rows, product.outputs) * product.weight_buffer_bits * segment_inputs,
         product.outputs * product.reduction * product.weight_buffer_bits,
         product.weight_buffer_bytes,
     )
     activation_kind, activation_panels = _allocation(
         ceil_divide(product.tokens, columns),
-        activation_row_bits * segment_inputs,
+        min(columns, product.tokens) * 8 * ACTIVATION_BYTES * segment_inputs,
         product.tokens * product.reduction * 8 * ACTIVATION_BYTES,
         product.activation_buffer_bytes,
     )
-
-    fitting_inputs = min(
-        4 * product.weight_buffer_bytes // weight_row_bits, 4 * product.activation_buffer_bytes // activation_row_bits
-    )
-    chunk_steps = min(int(fitting_inputs), MAXIMUM_CHUNK_INPUTS) // product.lanes
-    if chunk_steps < 1:
-        raise InputError(
-            f"an array of {product.rows} × {columns} PEs needs more than half a buffer "
-            f"({product.weight_buffer_bytes // 2} bytes for weights, {product.activation_buffer_bytes // 2} for "
-            "activations) for one dot-product step; expected a smaller array or larger buffers"
-        )
-    return program._replace(
+    return whole._replace(
         segment_steps=segment_steps,
-        chunk_steps=min(chunk_steps, segment_steps),
+        chunk_steps=min(whole.chunk_steps, segment_steps),
+        weights_stationary=int(weights_stationary),
         panels_per_block=max(1, weight_panels if weights_stationary else activation_panels),
         weight_allocation=weight_kind,
         activation_allocation=activation_kind,
@@ -218,15 +223,18 @@ def plan_product(product: Product, *, passes: int | None = None, weights_station
             f"a matrix of {product.outputs} × {product.reduction} numbers in {product.weight_total_bytes} bytes is "
             "too large to simulate; expected numbers × bytes below 2^63"
         )
-    columns = product.columns * product.token_groups
-    tiles = ceil_divide(product.outputs, product.rows) * ceil_divide(product.tokens, columns)
-    most_passes = MAXIMUM_PASSES if tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
-    candidates = [
-        _candidate(product, pass_count, stationary)
-        for pass_count in (range(1, most_passes + 1) if passes is None else [passes])
-        for stationary in ((True, False) if weights_stationary is None else (weights_stationary,))
-    ]
-    # min keeps the first of equals: the fewest passes, then stationary weights.
-    program = min(candidates, key=lambda candidate: planned_traffic(candidate).total_bytes)
-    check_count_range(program)
-    return program
+    whole = _whole(product)
+    row_tiles, column_tiles, _ = tile_counts(whole)
+    most_passes = MAXIMUM_PASSES if row_tiles * column_tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
+    values = product.tokens * (product.reduction * ACTIVATION_BYTES + product.outputs * OUTPUT_BYTES)
+    least_bytes = product.weight_total_bytes + values
+    best, best_bytes = whole, math.inf
+    for pass_count in range(1, most_passes + 1) if passes is None else (passes,):
+        for stationary in (True, False) if weights_stationary is None else (weights_stationary,):
+            if best_bytes > least_bytes:  # of equals the first stays: the fewest passes, then stationary weights
+                program = _candidate(product, whole, pass_count, stationary)
+                program_bytes = planned_traffic(program).total_bytes
+                if program_bytes < best_bytes:
+                    best, best_bytes = program, program_bytes
+    check_count_range(best)
+    return best
