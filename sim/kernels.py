@@ -324,9 +324,11 @@ RESULT_FIELDS = 13
 
 NO_GROUP_END = -(1 << 60)  # the cycle of a group's end before any was
 
-# Fast-forward: so many panels are remembered, each as the fields of the machine's state relative to its beginning.
+# Fast-forward over moving panels, and over blocks: so many are remembered, each as the fields of the machine's state
+# relative to its beginning.
+PANEL, BLOCK_OF_PANELS = 0, 1
 SNAPSHOTS = 4
-SNAPSHOT_FIELDS = 18
+SNAPSHOT_FIELDS = 19
 
 
 class TileProgram(NamedTuple):
@@ -661,59 +663,84 @@ def _may_start(program: TileProgram, cursor: NDArray[np.int64], part: int, done_
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _panels_are_alike(program: TileProgram, tables: int) -> bool:
-    """Whether one moving panel is any other one that is full (but the first of a block): in its requests and steps.
+def _are_alike(program: TileProgram, tables: int, level: int) -> bool:
+    """Whether one moving panel (level 0) or block (level 1) asks for and issues the same as any other that is full.
 
-    Panels of activations always are; those of weights if all tiles of rows issue alike, and if their rows have a whole
-    number of bytes each, so that no rounding wanders.
+    Those along the tokens always do; those along the outputs if all tiles of rows issue alike, and if their rows have
+    a whole number of bytes each, so that no rounding wanders.
     """
-    if program.weights_stationary == 1:
-        return True
-    return bool(tables == 1 and program.weight_total_bytes % program.outputs == 0)
+    along_tokens = (program.weights_stationary == 1) == (level == PANEL)
+    return bool(along_tokens or (tables == 1 and program.weight_total_bytes % program.outputs == 0))
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _moves_with_panels(program: TileProgram, operand: int) -> bool:
-    """Whether an operand's allocations (0 weights, 1 activations) are opened anew in every moving panel."""
+def _moves_with(program: TileProgram, operand: int, level: int) -> bool:
+    """Whether an operand's allocations (0 weights, 1 activations) are opened anew in every moving panel, or block."""
     allocation = program.weight_allocation if operand == 0 else program.activation_allocation
+    if level == BLOCK_OF_PANELS or allocation == CHUNKS:
+        return bool(allocation != RESIDENT)
     is_stationary = (program.weights_stationary == 1) == (operand == 0)
-    return bool(allocation == CHUNKS or (allocation == PANELS and not is_stationary))
+    return bool(allocation == PANELS and not is_stationary)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _take_snapshot(
-    program: TileProgram, load: NDArray[np.int64], work: NDArray[np.int64], rest: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """The machine's state at the beginning of a moving panel, relative to the array's place: int64 [SNAPSHOT_FIELDS].
+def _is_at_beginning(program: TileProgram, load: NDArray[np.int64], work: NDArray[np.int64], level: int) -> bool:
+    """Whether the array begins a panel or block that may repeat, with all requests under way in the same run of them.
+
+    Not in the first panel of a block, nor in the first block, which load more.
+    """
+    if load[AT_END] == 1 or load[PASS] != work[PASS] or work[CHUNK_BEGIN] != work[PASS] * program.segment_steps:
+        return False
+    if work[STATIONARY] != work[BLOCK] * program.panels_per_block:
+        return False
+    if level == PANEL:
+        return bool(load[BLOCK] == work[BLOCK] and load[MOVING] >= 1)
+    return bool(work[MOVING] == 0 and work[BLOCK] >= 1)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _fill_snapshot(
+    program: TileProgram,
+    load: NDArray[np.int64],
+    work: NDArray[np.int64],
+    rest: NDArray[np.int64],
+    level: int,
+    snapshot: NDArray[np.int64],
+) -> None:
+    """The machine's state at the beginning of a panel or block, relative to the array's place: [SNAPSHOT_FIELDS].
 
     ``rest``: the state of array and channel, times as cycles that are left, and counts less the array's place. The end
     of the last group is not part of it: no group of an earlier tile holds one of the next.
     """
-    snapshot = np.zeros(SNAPSHOT_FIELDS, np.int64)
+    snapshot[:] = 0
     snapshot[: rest.size] = rest
     place = rest.size
-    for field in (STEP, MOVING, TILE):
-        snapshot[place] = load[field] - work[field]
-        place += 1
-    for field in (STATIONARY, CHUNK_BEGIN):
-        snapshot[place] = load[field]
-        place += 1
+    snapshot[place] = load[STEP] - work[STEP]
+    snapshot[place + 1] = load[TILE] - work[TILE]
+    snapshot[place + 2] = load[CHUNK_BEGIN]
+    snapshot[place + 3] = load[BLOCK] - work[BLOCK]
+    snapshot[place + 4] = load[MOVING] - work[MOVING]
+    snapshot[place + 5] = load[STATIONARY] - work[STATIONARY]
+    place += 6
     for operand in range(2):
-        if _moves_with_panels(program, operand):
+        if _moves_with(program, operand, level):
             snapshot[place] = load[WEIGHT_ALLOCATION_STEP + operand] - work[STEP]
             snapshot[place + 1] = load[WEIGHT_PREVIOUS_STEP + operand] - work[STEP]
         place += 2
-    return snapshot
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _jump(program: TileProgram, cursor: NDArray[np.int64], panels: int, steps: int, tiles: int) -> None:
-    """Move a cursor by whole panels with so many steps and tiles."""
+def _jump(program: TileProgram, cursor: NDArray[np.int64], count: int, steps: int, tiles: int, level: int) -> None:
+    """Move a cursor by ``count`` whole panels or blocks with so many steps and tiles."""
     cursor[STEP] += steps
-    cursor[MOVING] += panels
     cursor[TILE] += tiles
+    if level == PANEL:
+        cursor[MOVING] += count
+    else:
+        cursor[BLOCK] += count
+        cursor[STATIONARY] += count * program.panels_per_block
     for operand in range(2):
-        if _moves_with_panels(program, operand):
+        if _moves_with(program, operand, level):
             cursor[WEIGHT_ALLOCATION_STEP + operand] += steps
             cursor[WEIGHT_PREVIOUS_STEP + operand] += steps
 
@@ -737,11 +764,12 @@ def run_product(
         memory: external memory; read where ``program.burst_bytes`` is 0.
         memory_state: its state, from ``termwise.sim.dram.new_state``; changed in place.
         result: see the constants.
-        fast_forward: where the state at the beginning of a moving panel is that of an earlier panel, what happens
-            until the next full panels have passed is what happened between these two, again and again; it is added at
-            once. Nothing else depends on the place: full panels of a block ask for the same bytes, and the array's
-            steps are the same. The last panel, which may be smaller, and the first of a block, which loads more, are
-            never jumped over; nor is anything with a memory whose time depends on addresses.
+        fast_forward: where the state at the beginning of a moving panel is that of an earlier panel of the block, what
+            happens until the next full panels have passed is what happened between these two, again and again; it is
+            added at once. Nothing else depends on the place: full panels ask for the same bytes, and the array's steps
+            are the same. The last panel, which may be smaller, and the first of a block, which loads more, are never
+            jumped over. The same holds for the blocks of a pass. Nothing is jumped over with a memory whose time
+            depends on addresses.
     """
     load = np.zeros(CURSOR_FIELDS, np.int64)  # where the requests stand
     work = np.zeros(CURSOR_FIELDS, np.int64)  # where the array stands
@@ -763,15 +791,22 @@ def run_product(
     write_bytes = 0
     write_tile = (0, 0, 0, 0)
     write_value_bytes = OUTPUT_BYTES
-    moving_panels = _panel_counts(program)[1]
-    fast_forward = fast_forward and moving_panels > 4 and program.burst_bytes > 0
-    fast_forward = fast_forward and _panels_are_alike(program, max(issue_table.shape[0], drain_cycles.shape[0]))
-    snapshots = np.zeros((SNAPSHOTS, SNAPSHOT_FIELDS), np.int64)
-    snapshot_results = np.zeros((SNAPSHOTS, RESULT_FIELDS), np.int64)
-    snapshot_places = np.zeros((SNAPSHOTS, 4), np.int64)  # cycle, step, tile and panel
-    taken = 0  # snapshots of this block
+    stationary_panels, moving_panels = _panel_counts(program)
+    counts = (moving_panels, -(-stationary_panels // program.panels_per_block))  # by level
+    tables = max(issue_table.shape[0], drain_cycles.shape[0])
+    jumps = np.zeros(2, np.bool_)
+    for level in range(2):
+        repeats = counts[level] > 4 and _are_alike(program, tables, level)
+        jumps[level] = fast_forward and program.burst_bytes > 0 and repeats
+    any_jumps = jumps[PANEL] or jumps[BLOCK_OF_PANELS]
+    snapshots = np.zeros((2, SNAPSHOTS, SNAPSHOT_FIELDS), np.int64)
+    snapshot_results = np.zeros((2, SNAPSHOTS, RESULT_FIELDS), np.int64)
+    snapshot_places = np.zeros((2, SNAPSHOTS, 4), np.int64)  # cycle, step, tile, and panel or block
+    taken = np.zeros(2, np.int64)  # snapshots of this block, and of this pass
+    snapshot = np.zeros(SNAPSHOT_FIELDS, np.int64)
+    rest = np.zeros(9, np.int64)
     seen_step = -1
-    block_pass = np.zeros(2, np.int64)
+    seen_block = np.zeros(2, np.int64)
 
     while True:
         # What ends now.
@@ -860,61 +895,62 @@ def run_product(
                 result[WEIGHT_BYTES + part] += request
 
         array_busy = array in (COMPUTING, DRAINING)
-        if fast_forward and work[STEP] != seen_step and array != FINISHED:
+        if any_jumps and work[STEP] != seen_step and array != FINISHED:
             seen_step = work[STEP]
-            if work[BLOCK] != block_pass[0] or work[PASS] != block_pass[1]:
-                block_pass[0], block_pass[1] = work[BLOCK], work[PASS]
-                taken = 0
-            at_panel = (
-                work[STATIONARY] == work[BLOCK] * program.panels_per_block
-                and work[CHUNK_BEGIN] == work[PASS] * program.segment_steps
-            )
-            alike = load[AT_END] == 0 and load[BLOCK] == work[BLOCK] and load[PASS] == work[PASS]
-            if at_panel and alike and load[MOVING] >= 1:
-                rest = np.array(
-                    [
-                        array,
-                        array_end - now if array_busy else 0,
-                        channel,
-                        channel_end - now if channel != IDLE else 0,
-                        part,
-                        done_steps - work[STEP],
-                        left_tiles - work[TILE],
-                        1 if staging_free else 0,
-                        write_bytes,
-                    ]
-                )
-                snapshot = _take_snapshot(program, load, work, rest)
-                for back in range(1, min(taken, SNAPSHOTS) + 1):
-                    slot = (taken - back) % SNAPSHOTS
-                    if not np.array_equal(snapshots[slot], snapshot):
+            if work[PASS] != seen_block[1]:
+                taken[:] = 0
+            elif work[BLOCK] != seen_block[0]:
+                taken[PANEL] = 0
+            seen_block[0], seen_block[1] = work[BLOCK], work[PASS]
+            for level in range(2):
+                if not jumps[level] or not _is_at_beginning(program, load, work, level):
+                    continue
+                place = work[MOVING] if level == PANEL else work[BLOCK]
+                last = load[MOVING] if level == PANEL else load[BLOCK]
+                rest[0] = array
+                rest[1] = array_end - now if array_busy else 0
+                rest[2] = channel
+                rest[3] = channel_end - now if channel != IDLE else 0
+                rest[4] = part
+                rest[5] = done_steps - work[STEP]
+                rest[6] = left_tiles - work[TILE]
+                rest[7] = 1 if staging_free else 0
+                rest[8] = write_bytes
+                _fill_snapshot(program, load, work, rest, level, snapshot)
+                times = 0
+                for back in range(1, min(taken[level], SNAPSHOTS) + 1):
+                    slot = (taken[level] - back) % SNAPSHOTS
+                    if not np.array_equal(snapshots[level, slot], snapshot):
                         continue
-                    panels = work[MOVING] - snapshot_places[slot, 3]
-                    times = (moving_panels - 2 - load[MOVING]) // panels
-                    if times > 0:
-                        jumped_steps = times * (work[STEP] - snapshot_places[slot, 1])
-                        tiles = times * (work[TILE] - snapshot_places[slot, 2])
-                        for field in range(RESULT_FIELDS):
-                            result[field] += times * (result[field] - snapshot_results[slot, field])
-                        cycles = times * (now - snapshot_places[slot, 0])
-                        now += cycles
-                        array_end += cycles
-                        channel_end += cycles
-                        group_end += cycles
-                        done_steps += jumped_steps
-                        left_tiles += tiles
-                        _jump(program, load, times * panels, jumped_steps, tiles)
-                        _jump(program, work, times * panels, jumped_steps, tiles)
-                        arrived = 3 * load[STEP] + part
-                        seen_step = work[STEP]
-                        taken = 0
+                    before = snapshot_places[level, slot]
+                    count = place - before[3]
+                    times = max(0, (counts[level] - 2 - last) // count)
+                    steps_jumped = times * (work[STEP] - before[1])
+                    tiles = times * (work[TILE] - before[2])
+                    cycles = times * (now - before[0])
+                    for field in range(RESULT_FIELDS):
+                        result[field] += times * (result[field] - snapshot_results[level, slot, field])
+                    now += cycles
+                    array_end += cycles
+                    channel_end += cycles
+                    group_end += cycles
+                    done_steps += steps_jumped
+                    left_tiles += tiles
+                    _jump(program, load, times * count, steps_jumped, tiles, level)
+                    _jump(program, work, times * count, steps_jumped, tiles, level)
+                    arrived = 3 * load[STEP] + part
                     break
-                slot = taken % SNAPSHOTS
-                snapshots[slot] = snapshot
-                snapshot_results[slot] = result
-                snapshot_places[slot, 0], snapshot_places[slot, 1] = now, work[STEP]
-                snapshot_places[slot, 2], snapshot_places[slot, 3] = work[TILE], work[MOVING]
-                taken += 1
+                if times > 0:
+                    seen_step = work[STEP]
+                    seen_block[0] = work[BLOCK]
+                    taken[: level + 1] = 0
+                    break
+                slot = taken[level] % SNAPSHOTS
+                snapshots[level, slot] = snapshot
+                snapshot_results[level, slot] = result
+                before = snapshot_places[level, slot]
+                before[0], before[1], before[2], before[3] = now, work[STEP], work[TILE], place
+                taken[level] += 1
 
         # The next event, and whose the cycles until then are; those of a chunk were charged when it began.
         if channel == IDLE and not array_busy:
