@@ -88,7 +88,7 @@ class Explanation:
     published_cycles: int
     cycles: int
     published_energy_uj: float
-    energy_uj: float
+    energy_uj: float | None
     reasons: dict[str, int]
     published_classes: dict[str, Cost]
     cycle_classes: dict[str, Cost]
@@ -241,7 +241,7 @@ def explain(
             classes[name] = classes[name].plus(
                 Cost(
                     compute_cycles=layer.compute_cycles,
-                    dram_cycles=ceil_divide(layer.traffic.total_bytes, machine.dram_bytes_per_cycle),
+                    dram_cycles=ceil_divide(layer.traffic.total_bytes, machine.ideal_bytes_per_cycle),
                     cycles=layer.cycles,
                 )
             )
