@@ -223,9 +223,7 @@ class Accelerator:
 
 
 def _is_count(value: object, most: int | None = None) -> bool:
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (most is None or value <= most)
-    )
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (most is None or value <= most)
 
 
 def _plain(value: Any) -> Any:

@@ -195,7 +195,9 @@ def _changed(base: Accelerator, given: dict[str, Any], source: str) -> dict[str,
         if parameters.get("kind", old["kind"]) != old["kind"]:
             document["processing_element"] = {}
         elif any(old.get(key) != value for key, value in parameters.items()):
-            document["processing_element"] = {key: old[key] for key in old if key not in ("energy_pj_per_cycle", "area_um2")}
+            document["processing_element"] = {
+                key: old[key] for key in old if key not in ("energy_pj_per_cycle", "area_um2")
+            }
         if document["processing_element"] != old:
             document["system"] = given["name"]
     memory = given.get("memory")
@@ -295,9 +297,7 @@ def _built(machine: dict[str, Any], where: str) -> Accelerator:
     except InputError as error:
         raise InputError(f"{where}: table {table!r}: {error}") from None
     try:
-        return Accelerator(
-            **fields, fill_drain_cycles=fill_drain_cycles, dequantization_cycles=dequantization_cycles
-        )
+        return Accelerator(**fields, fill_drain_cycles=fill_drain_cycles, dequantization_cycles=dequantization_cycles)
     except MachineError as error:
         raise _keyed(error, where) from None
 
@@ -338,7 +338,9 @@ def _check_name(accelerator: Accelerator, where: str) -> None:
     except InputError:
         same = False
     if not same:
-        raise InputError(f"{where}: key 'name' is {name!r}, another machine that comes with termwise; expected a new name")
+        raise InputError(
+            f"{where}: key 'name' is {name!r}, another machine that comes with termwise; expected a new name"
+        )
 
 
 def _at(document: Mapping[str, Any], key: str) -> Any:
@@ -352,7 +354,8 @@ def _at(document: Mapping[str, Any], key: str) -> Any:
 def _document(accelerator: Accelerator) -> dict[str, Any]:
     """The TOML document of a machine: every key whose value is known."""
     element = accelerator.processing_element
-    assert dataclasses.is_dataclass(element) and not isinstance(element, type)
+    assert dataclasses.is_dataclass(element)
+    assert not isinstance(element, type)
     document: dict[str, Any] = {}
     for key, field in _FIELD_OF_KEY.items():
         value = getattr(accelerator, field)

@@ -291,12 +291,8 @@ class _Charges:
             "banks": getattr(self.accelerator, f"{operand}_buffer_banks"),
             "word_bits": port_bits,
         }
-        read_pj = self.known(
-            f"a read of the {operand} buffer", lambda: self.energies.sram_access_pj("read", **size)
-        )
-        write_pj = self.known(
-            f"a write into the {operand} buffer", lambda: self.energies.sram_write_pj_per_bit(**size)
-        )
+        read_pj = self.known(f"a read of the {operand} buffer", lambda: self.energies.sram_access_pj("read", **size))
+        write_pj = self.known(f"a write into the {operand} buffer", lambda: self.energies.sram_write_pj_per_bit(**size))
         return read_pj, write_pj, None if read_pj is None else self.energies.sram_leakage_mw(**size)
 
     def notes(self) -> tuple[str, ...]:
@@ -375,9 +371,7 @@ def _times(repeats: int, count: CycleCount) -> tuple[StallCycles, Traffic]:
     return stalls, traffic
 
 
-def _layer(
-    gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, charges: _Charges
-) -> LayerSimulation:
+def _layer(gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, charges: _Charges) -> LayerSimulation:
     stalls, traffic = _times(gemm.repeats, count)
     return LayerSimulation(
         name=gemm.name,

@@ -10,7 +10,14 @@ import pytest
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
 from termwise.algorithms.workload import PHASES
-from termwise.sim.accelerators import ArrayShape, accelerator_names, get_accelerator
+from termwise.sim.accelerators import (
+    ArrayShape,
+    accelerator_names,
+    check_machine,
+    get_accelerator,
+    published_accelerator_names,
+)
+from termwise.sim.dram import get_dram
 from termwise.sim.memory import PORT_WIDTHS_BITS, READ_PJ, WRITE_PJ, buffer_access_pj, buffer_write_pj_per_bit
 
 
@@ -25,6 +32,11 @@ def test_accelerator_takes_its_own_formats(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", accelerator_names())
+def test_presets_are_machines(name: str) -> None:
+    check_machine(get_accelerator(name))
+
+
+@pytest.mark.parametrize("name", accelerator_names())
 def test_both_phases_use_the_same_processing_elements(name: str) -> None:
     accelerator = get_accelerator(name)
     assert accelerator.prefill_array.processing_elements == accelerator.decode_array.processing_elements
@@ -33,7 +45,7 @@ def test_both_phases_use_the_same_processing_elements(name: str) -> None:
 def test_arrays_have_about_equal_area() -> None:
     areas = {
         name: get_accelerator(name).pe_area_um2 * get_accelerator(name).prefill_array.processing_elements / 1e6
-        for name in accelerator_names()
+        for name in published_accelerator_names()
     }
     # Array areas in mm² that the published simulator prints.
     assert areas == pytest.approx(
@@ -76,6 +88,12 @@ def test_digest_depends_on_every_field() -> None:
             changed = ArrayShape(rows=3, columns=5)
         elif isinstance(value, tuple):
             changed = (*value, "another source")
+        elif entry.name == "memory":
+            changed = get_dram("ideal@33")
+        elif entry.name == "movement":
+            changed = "systolic"
+        elif entry.name == "energy_set":
+            changed = "bitmod-2024"
         else:
             changed = value + type(value)(1)
         digests.add(dataclasses.replace(accelerator, **{entry.name: changed}).digest())

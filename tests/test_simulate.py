@@ -16,7 +16,7 @@ from termwise.algorithms.formats import get_format
 from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase, workload
-from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.accelerators import get_accelerator, published_accelerator_names
 from termwise.sim.cycle import CycleCount, TileProgram, run_tile_program
 from termwise.sim.cycle_reference import run_tile_program_by_cycles
 from termwise.sim.explain import REASONS, batch_table, explain
@@ -328,7 +328,7 @@ def small_shape() -> ModelShape:
     return ModelShape(name="small", linears=(*linears, head), attention=attention, head="head")
 
 
-@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("accelerator", published_accelerator_names())
 @pytest.mark.parametrize("phase", PHASES)
 def test_dictionary_is_json_and_its_parts_add_up(small_shape: ModelShape, accelerator: str, phase: Phase) -> None:
     result = simulate(small_shape, get_accelerator(accelerator), phase=phase, context=48, batch=2)
@@ -363,7 +363,7 @@ def test_both_models_speak_with_the_same_keys(small_shape: ModelShape) -> None:
     assert set(published["energy_uj"]) == {"pe", "sram_read", "sram_write", "dram", "total"}
 
 
-@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("accelerator", published_accelerator_names())
 def test_weights_that_are_read_once_cost_their_packed_bytes(small_shape: ModelShape, accelerator: str) -> None:
     result = simulate(small_shape, get_accelerator(accelerator), phase="decode", context=1)
     weights = get_format(result.format)
@@ -469,7 +469,7 @@ def test_progress_counts_the_distinct_products(small_shape: ModelShape) -> None:
 # Both models side by side.
 
 
-@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("accelerator", published_accelerator_names())
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("state", PUBLISHED_STATES.values(), ids=PUBLISHED_STATES)
 def test_reasons_add_up_to_the_difference(accelerator: str, phase: Phase, state: PublishedState) -> None:
