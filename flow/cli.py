@@ -874,12 +874,14 @@ def _print_simulation(document: dict[str, Any]) -> None:
             f"{console.number(document['energy_per_token_uj'])} µJ per token"
         )
     titles = {
+        "scale": "waiting for the scaling of a group",
         "weights": "waiting for weights",
         "activations": "waiting for activations",
-        "drain": "fill and drain",
+        "drain": "draining",
+        "write_back": "waiting for write-backs",
         "dram": "waiting for DRAM",
     }
-    causes = {"compute": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
+    causes = {"busy": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
     shares = ", ".join(f"{name} {count:,} ({100 * count / max(cycles, 1):.1f} %)" for name, count in causes.items())
     console.print_text(f"cycles by cause: {shares}")
     energy = document["energy_uj"]["total"]
