@@ -152,6 +152,9 @@ class Accelerator:
         for field, most in counts.items():
             if not _is_count(getattr(self, field), most):
                 raise self._error(field, "a whole number from 1" + ("" if most is None else f" to {most}"))
+        if not _is_count(self.processing_element.lanes):
+            lanes = self.processing_element.lanes
+            raise MachineError(self.name, "processing_element.lanes", lanes, "a whole number from 1")
         for field in ("pe_energy_pj_per_cycle", "pe_area_um2", "place_and_route_factor"):
             value = getattr(self, field)
             if value is None and field != "place_and_route_factor":
@@ -236,8 +239,8 @@ def _plain(value: Any) -> Any:
 
 
 # Pipeline of a bit-parallel PE: operand registers, multiplier, alignment and addition, accumulator. A bit-serial PE has
-# the same four stages and then scales the last group of the tile, which no later group hides; a dictionary PE multiplies
-# its sums by the centroids (8 of 3-bit indices) and adds a bubble.
+# the same four stages and then scales the last group of the tile, which no later group hides; a dictionary PE has them,
+# and then multiplies its sums by the centroids (8 of 3-bit indices).
 _PIPELINE_CYCLES = 4
 _SCALE_BITS = 8
 _CENTROIDS = 8
@@ -372,13 +375,13 @@ def is_machine_file(name: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """The machine and the array behind the ``@``; a path may have an ``@`` of its own before its ``.toml``."""
-    place = name.find("@", name.rfind(".toml") if ".toml@" in name or name.endswith(".toml") else 0)
+    """The machine and the array behind the ``@``; the folders and the name of a file may have an ``@`` of their own."""
+    place = name.find("@", max(0, name.rfind(os.sep), name.rfind(".toml")))
     return (name, None) if place < 0 else (name[:place], name[place + 1 :])
 
 
 def get_accelerator(name: str) -> Accelerator:
-    """The accelerator called ``name``: of ``accelerator_names()`` or a TOML file, perhaps with an array behind an ``@``.
+    """The accelerator called ``name``: of ``accelerator_names()`` or a TOML file; an array may follow behind an ``@``.
 
     The array is ``ROWSxCOLUMNS``, ``iso-pe`` or ``iso-area``, see this module. Raises ``InputError`` for an unknown
     name, a malformed array, one that does not fit the buffers, an area that is not known, and whatever is wrong in a
@@ -459,19 +462,24 @@ def check_machine(accelerator: Accelerator) -> None:
                 check_group(accelerator, weights, weights.group_size)
         except InputError as reason:
             raise error(field, f"a format that its PE takes: {reason}") from None
-        # Codes alone: scales of a group come with its first step, and stand beside them.
-        bits = max(weights.weight_bits, accelerator.key_value_bits)
-        array = accelerator.array(phase)
-        for buffer, step_bits in (
-            ("weight_buffer_bytes", array.rows * element.lanes * bits),
-            ("activation_buffer_bytes", array.columns * element.lanes * ACTIVATION_BITS),
-        ):
-            if 4 * getattr(accelerator, buffer) < step_bits:
-                raise error(
-                    buffer,
-                    f"at least {-(-step_bits // 4)}, twice one dot-product step of the {array.rows} × {array.columns} "
-                    f"PEs of {phase}",
-                )
+    for buffer in ("weight_buffer_bytes", "activation_buffer_bytes"):
+        step_bits, phase = max((_step_bits(accelerator, phase, buffer), phase) for phase in PHASES)
+        if 4 * getattr(accelerator, buffer) < step_bits:
+            array = accelerator.array(phase)
+            raise error(
+                buffer,
+                f"at least {-(-step_bits // 4)}, twice one dot-product step of the {array.rows} × {array.columns} PEs "
+                f"of {phase}",
+            )
+
+
+def _step_bits(accelerator: Accelerator, phase: Phase, buffer: str) -> int:
+    """Bits of one dot-product step of the whole array in a buffer; codes alone, scales stand beside them."""
+    array, lanes = accelerator.array(phase), accelerator.processing_element.lanes
+    if buffer == "activation_buffer_bytes":
+        return array.columns * lanes * ACTIVATION_BITS
+    widest = max(get_format(accelerator.default_format(phase)).weight_bits, accelerator.key_value_bits)
+    return array.rows * lanes * widest
 
 
 def check_group(accelerator: Accelerator, weights: Format, inputs: int) -> None:

@@ -1,9 +1,9 @@
 """Energy per event, as sets: every constant of one set has a technology and a source.
 
 An event that a set does not know is None, never 0: a simulation that meets it has no energy, and says which event it
-was. A constant that stands elsewhere is taken from there and not restated: the energies of PEs
-from ``termwise.sim.accelerators``, that of external memory from ``termwise.sim.dram``, the table of the buffers from ``termwise.sim.memory``, their model from
-``termwise.sim.sram``.
+was. A constant that stands elsewhere is taken from there and not restated: the energies of PEs from
+``termwise.sim.accelerators``, that of external memory from ``termwise.sim.dram``, the table of the buffers from
+``termwise.sim.memory``, their model from ``termwise.sim.sram``.
 """
 
 from __future__ import annotations

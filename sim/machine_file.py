@@ -2,8 +2,8 @@
 
 A file names what it changes of a ``base``, or everything. The parameters of a PE and the numbers of external memory are
 those of their specifications (``BitSerialSpec`` and its like, ``Dram``), so a parameter that is added there is a key
-here. pydantic checks tables, keys and types; values are checked where they are defined, by the objects themselves. Every
-complaint is one sentence with the file and the key.
+here. pydantic checks tables, keys and types; values are checked where they are defined, by the objects themselves.
+Every complaint is one sentence with the file and the key.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _overlaid(document: dict[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _validated(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """``document`` with every table, key and type checked, and defaults in their places."""
+    """``document`` with every table, key and type checked, and defaults in their places (but for those of memory)."""
     element = document.get("processing_element")
     if not isinstance(element, dict):
         raise InputError(
@@ -230,9 +230,12 @@ def _validated(document: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: key 'processing_element.kind': {error}")
     model = _machine_model(kind)
     try:
-        return model.model_validate(document).model_dump()
+        machine = model.model_validate(document)
     except ValidationError as error:
         raise _complaint(where, error, model) from None
+    memory: BaseModel = getattr(machine, "memory")  # noqa: B009 - pydantic made the model, mypy does not know it
+    # What the file does not name of the memory is a preset's, so only named numbers count.
+    return {**machine.model_dump(), "memory": memory.model_dump(exclude_unset=True)}
 
 
 _TOML_TYPES: Final[Mapping[type, str]] = {
@@ -274,7 +277,8 @@ def _table_at(model: type[BaseModel], place: list[str]) -> type[BaseModel]:
     """The table at ``place`` of a file."""
     for part in place:
         inner = model.model_fields[part].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
         model = inner
     return model
 
@@ -304,19 +308,17 @@ def _built(machine: dict[str, Any], where: str) -> Accelerator:
 
 def _memory(table: dict[str, Any], machine: str) -> Dram:
     """The external memory of a table: a preset, a changed preset, or numbers of its own."""
-    numbers = {field.name: table[field.name] for field in dataclasses.fields(Dram) if field.name != "name"}
-    if table["preset"] is None:
-        return Dram(name=table["name"] or f"memory of {machine}", **numbers)
+    numbers = {key: value for key, value in table.items() if key not in ("name", "preset")}
+    name = table.get("name") or f"memory of {machine}"
+    if table.get("preset") is None:
+        return Dram(name=name, **numbers)
     try:
         preset = get_dram(table["preset"])
     except InputError as error:
         raise InputError(f"key 'preset': {error}") from None
-    defaults = {field.name: field.default for field in dataclasses.fields(Dram)}
-    changes = {key: value for key, value in numbers.items() if value != defaults[key]}
-    changed = dataclasses.replace(preset, **changes)
-    if table["name"] is not None:
-        return dataclasses.replace(changed, name=table["name"])
-    return preset if changed == preset else dataclasses.replace(changed, name=f"memory of {machine}")
+    if "name" not in table and all(getattr(preset, key) == value for key, value in numbers.items()):
+        return preset
+    return dataclasses.replace(preset, name=name, **numbers)
 
 
 def _keyed(error: MachineError, where: str) -> InputError:

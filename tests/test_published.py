@@ -125,7 +125,9 @@ def test_no_usual_mean_gives_all_three_headline_energies() -> None:
     """Ratios of 2024 or 2025, total or on-chip energy, 16 to 256 tokens, three means over models and over tasks."""
     energies = ("energy_uj", "on_chip_energy_uj")
     headlines = [entry for entry in HEADLINES if entry.task == "both"]
-    results = {key: run(*key) for key in product(PUBLISHED_MODELS, published_accelerator_names(), PHASES, PUBLISHED_STATES)}
+    results = {
+        key: run(*key) for key in product(PUBLISHED_MODELS, published_accelerator_names(), PHASES, PUBLISHED_STATES)
+    }
     for state, energy, tokens in product(PUBLISHED_STATES, energies, (16, 20, 32, 64, 128, 256)):
 
         def values(headline: Headline, decoded: int, state: str = state, energy: str = energy) -> list[float]:
