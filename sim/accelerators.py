@@ -37,6 +37,7 @@ from termwise.algorithms.workload import PHASES, Phase
 from termwise.sim.dram import MAXIMUM_CLOCK_MHZ, Dram, get_dram
 
 MAXIMUM_ARRAY_SIDE = 4096
+MAXIMUM_BUFFER_BYTES = 1 << 40
 MAXIMUM_KEY_VALUE_BITS = 16
 ACTIVATION_BITS = 16
 _SOURCE = "BitMoD, HPCA 2025, sections IV-C and V-A"
@@ -144,9 +145,9 @@ class Accelerator:
             "key_value_bits": MAXIMUM_KEY_VALUE_BITS,
             "clock_mhz": MAXIMUM_CLOCK_MHZ,
             "port_reads_per_step": None,
-            "weight_buffer_bytes": None,
+            "weight_buffer_bytes": MAXIMUM_BUFFER_BYTES,
             "weight_buffer_banks": None,
-            "activation_buffer_bytes": None,
+            "activation_buffer_bytes": MAXIMUM_BUFFER_BYTES,
             "activation_buffer_banks": None,
         }
         for field, most in counts.items():

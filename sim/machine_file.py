@@ -248,6 +248,16 @@ _TOML_TYPES: Final[Mapping[type, str]] = {
 }
 
 
+_EXPECTED: Final[Mapping[str, str]] = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a table",
+}
+"""Kind of failure, as pydantic calls it -> what a file should have held."""
+
+
 def _shown(value: object) -> str:
     """A value as an error shows it: short, and with its TOML type."""
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -269,8 +279,8 @@ def _complaint(where: str, error: ValidationError, model: type[BaseModel]) -> In
         return InputError(f"{where}: unknown key {key!r}: {hint}Accepted: {', '.join(accepted)}")
     if failure["type"] == "missing":
         return InputError(f"{where}: key {key!r} is missing; expected it, or a base that has it")
-    wanted = failure["msg"].replace("Input should be", "expected", 1)
-    return InputError(f"{where}: key {key!r}: {wanted}; found {_shown(failure['input'])}")
+    wanted = _EXPECTED.get(failure["type"]) or failure["msg"].removeprefix("Input should be ")
+    return InputError(f"{where}: key {key!r}: expected {wanted}; found {_shown(failure['input'])}")
 
 
 def _table_at(model: type[BaseModel], place: list[str]) -> type[BaseModel]:
