@@ -84,7 +84,7 @@ class OutlierVictimSpec:
         """One cycle for keys and values of up to 8 bits."""
         return bit_parallel_key_value_cycles(self.kind, key_value_bits)
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """A group's sum is scaled in one cycle and added in the next."""
         return BIT_PARALLEL_PIPELINE
 

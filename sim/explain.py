@@ -90,7 +90,7 @@ class Explanation:
     published_cycles: int
     cycles: int
     published_energy_uj: float
-    energy_uj: float
+    energy_uj: float | None
     reasons: dict[str, int]
     published_classes: dict[str, Cost]
     cycle_classes: dict[str, Cost]
@@ -279,7 +279,7 @@ def paged_memory(accelerator: Accelerator) -> Dram:
     are 4000 million transfers of 8 bytes.
     """
     device = get_dram("ddr4-3200")
-    megatransfers = accelerator.dram_bytes_per_cycle * accelerator.clock_mhz // device.bytes_per_transfer
+    megatransfers = accelerator.ideal_bytes_per_cycle * accelerator.clock_mhz // device.bytes_per_transfer
     return replace(device, name="ddr4-3200 timings at the peak of the channel", megatransfers_per_second=megatransfers)
 
 
