@@ -68,6 +68,7 @@ LARGEST_ACTIVATION = 2047 << 29
 
 Numerics = Literal["paper", "exact", "shared_exponent"]
 PartialSumRounding = Literal["truncate", "nearest_even"]
+Skipping = Literal["none", "tile", "row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ class BitSerialSpec:
         accumulator_bits: bits of the signed group accumulator of ``paper``, 8 to 28.
         rounding: of everything that is shifted out: ``truncate`` (magnitudes towards zero, sums towards minus
             infinity) or ``nearest_even``.
+        skip_zero_terms: a design option of our own: ``none``; ``tile``: a term that is zero in all lanes of all rows
+            is not issued; ``row``: every row counts its own terms, and a step lasts as long as the longest row. At
+            least one term of a step is issued. The cycles then depend on the values of the weights.
 
     Raises ``InputError`` for widths that cannot be built.
     """
@@ -98,6 +102,7 @@ class BitSerialSpec:
     align_bits: int = 14
     accumulator_bits: int = 15
     rounding: PartialSumRounding = "truncate"
+    skip_zero_terms: Skipping = "none"
 
     def __post_init__(self) -> None:
         for field, least, most in (
@@ -109,7 +114,11 @@ class BitSerialSpec:
             value = getattr(self, field)
             if not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"the bit-serial PE has {field} = {value!r}; expected {least} to {most}")
-        for field, accepted in (("numerics", get_args(Numerics)), ("rounding", get_args(PartialSumRounding))):
+        for field, accepted in (
+            ("numerics", get_args(Numerics)),
+            ("rounding", get_args(PartialSumRounding)),
+            ("skip_zero_terms", get_args(Skipping)),
+        ):
             if getattr(self, field) not in accepted:
                 raise unknown_name(f"{field} of the bit-serial PE", getattr(self, field), accepted)
 

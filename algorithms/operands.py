@@ -110,7 +110,7 @@ def weight_operands(tensor: QuantizedTensor) -> WeightOperands:
         fraction_bits=fraction_bits,
         group_size=coder.group_size,
         booth=booth,
-        bits=_booth_bits(format),
+        bits=booth_bits(format),
         scale_significands=significands,
         scale_bits=scale_bits(format),
         scale_exponents=exponents,
@@ -126,7 +126,7 @@ def _types(format: Format) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     return np.array(units), np.array([datatype.integer for datatype in format.datatypes])
 
 
-def _booth_bits(format: Format) -> int:
+def booth_bits(format: Format) -> int:
     """Width of the widest integer among the format's data types; 0 where there is none."""
     if format.family == "int-asym":
         return format.weight_bits + 1

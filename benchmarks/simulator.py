@@ -96,7 +96,7 @@ def value_driven(median_of: Callable[[Callable[[], Any]], tuple[float, float]]) 
         program = plan_product(product_of(gemm, accelerator, "prefill", weights))._replace(burst_bytes=0)
         tiles = ceil_divide(program.outputs, program.rows)
         values = ValueTiming(
-            step_cycles=random.integers(1, 3, (tiles, int(steps_of(program)))),
+            step_cycles=random.integers(1, 3, (tiles, int(steps_of(program))), np.uint8),
             drain_cycles=np.full(tiles, program.drain_cycles),
         )
         runs.append((program, values))

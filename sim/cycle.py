@@ -106,15 +106,15 @@ class ValueTiming:
     """What depends on the values of the weights.
 
     Attributes:
-        step_cycles: int64 [tiles of rows, steps], cycles in which a tile's step is issued, each at least 1.
+        step_cycles: uint8 [tiles of rows, steps], cycles in which a tile's step is issued, each at least 1.
         drain_cycles: int64 [tiles of rows], cycles from a tile's last issue until its outputs may leave.
     """
 
-    step_cycles: NDArray[np.int64]
+    step_cycles: NDArray[np.uint8]
     drain_cycles: NDArray[np.int64]
 
 
-def issue_table(program: TileProgram, step_cycles: NDArray[np.int64]) -> NDArray[np.int64]:
+def issue_table(program: TileProgram, step_cycles: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The table of ``termwise.sim.kernels.fill_issue_table``."""
     passes = -(-int(steps_of(program)) // program.segment_steps)
     chunks = passes * -(-program.segment_steps // program.chunk_steps)
@@ -132,8 +132,10 @@ def check_values(program: TileProgram, values: ValueTiming) -> None:
             f"the timing of a matrix has steps {list(values.step_cycles.shape)} and drains "
             f"{list(values.drain_cycles.shape)}; expected {list(expected)} and [{row_tiles}]"
         )
-    if values.step_cycles.min() < 1 or values.drain_cycles.min() < 0:
-        raise InputError("the timing of a matrix has a step of no cycle or a negative drain; expected at least 1 and 0")
+    if values.step_cycles.dtype != np.uint8 or values.step_cycles.min() < 1 or values.drain_cycles.min() < 0:
+        raise InputError(
+            "the timing of a matrix has a step of no cycle or a negative drain; expected uint8 from 1, and 0 or more"
+        )
 
 
 def run_tile_program(
@@ -152,11 +154,11 @@ def run_tile_program(
     defect of the plan).
     """
     if values is None:
-        step_cycles = np.full((1, 1), program.cycles_per_step, np.int64)
+        step_cycles = np.full((1, 1), program.cycles_per_step, np.uint8)
         drain_cycles = np.full(1, program.drain_cycles, np.int64)
     else:
         check_values(program, values)
-        step_cycles, drain_cycles = values.step_cycles.astype(np.int64), values.drain_cycles
+        step_cycles, drain_cycles = values.step_cycles, values.drain_cycles
     if (memory is None) != (program.burst_bytes > 0):
         raise ValueError("a program has either bytes per cycle or a memory with pages")
     timing = _NO_MEMORY if memory is None else memory

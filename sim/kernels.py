@@ -385,12 +385,12 @@ def _chunks_of_segment(program: TileProgram) -> int:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def fill_issue_table(program: TileProgram, step_cycles: NDArray[np.int64], table: NDArray[np.int64]) -> None:
+def fill_issue_table(program: TileProgram, step_cycles: NDArray[np.uint8], table: NDArray[np.int64]) -> None:
     """When a chunk's terms are issued, and the groups that end in it.
 
     Args:
         program: the product.
-        step_cycles: int64 [tables, steps], issue cycles of every step for each tile of rows, or one for all of them;
+        step_cycles: uint8 [tables, steps], issue cycles of every step for each tile of rows, or one for all of them;
             [1, 1] where all steps are alike.
         table: int64 [tables, 2, chunks of all passes, ISSUE_FIELDS], filled here; the second axis is 1 for the last
             column of tiles, which may have fewer tokens.

@@ -114,7 +114,7 @@ def test_kernel_equals_the_reference_with_steps_and_drains_that_depend_on_values
     generator = np.random.default_rng(seed)
     rows = ceil_divide(program.outputs, program.rows)
     values = ValueTiming(
-        step_cycles=generator.integers(1, most, (rows, int(steps_of(program))), endpoint=True),
+        step_cycles=generator.integers(1, most, (rows, int(steps_of(program))), np.uint8, endpoint=True),
         drain_cycles=generator.integers(0, 30, rows),
     )
     count = run_tile_program(program, values=values)
