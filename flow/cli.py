@@ -28,6 +28,7 @@ from termwise.flow import console
 if TYPE_CHECKING:
     from termwise.algorithms.formats import Format
     from termwise.algorithms.models import Model
+    from termwise.flow.layer_kinds import Analysis
     from termwise.flow.quality import Calibration
     from termwise.flow.sweep import Progress
 
@@ -742,7 +743,8 @@ def simulate(
             _print_published(document)
         return
 
-    from termwise.flow.simulation_report import with_analysis, write_simulation
+    from termwise.flow.layer_kinds import analyse
+    from termwise.flow.simulation_report import write_simulation
     from termwise.sim.generation import simulate_generation, simulate_phase
     from termwise.sim.vector_unit import VectorUnit
 
@@ -778,12 +780,13 @@ def simulate(
                 vector_unit=unit,
                 progress=told,
             )
+    analysis = analyse(document, accelerator, shape.head)
     if out is not None:
-        write_simulation(document, accelerator, shape.head, out, command=_command_line())
+        write_simulation(analysis, out, command=_command_line())
     if as_json:
-        console.print_json(with_analysis(document, accelerator, shape.head))
+        console.print_json(analysis.to_dict())
         return
-    _print_simulation(document, shape.head)
+    _print_simulation(analysis)
     if out is not None:
         console.print_text(f"report: {out / 'report.md'}")
         console.print_text(f"page: {out / 'index.html'}")
@@ -793,7 +796,8 @@ def _check_published(model_of: str, options: dict[str, object], phase: str) -> N
     """Raise ``InputError`` where the published model is asked for what it has not."""
     if phase == "generation":
         raise InputError(
-            f"--phase generation: the published model has single phases; expected prefill or decode with --model-of {model_of}"
+            "--phase generation: the published model has single phases; expected prefill or decode with "
+            f"--model-of {model_of}"
         )
     for option, value in options.items():
         if value is not None:
@@ -832,14 +836,14 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
         yield begin, lambda: (bar.update(1), None)[1]
 
 
-def _print_simulation(document: dict[str, Any], head: str | None) -> None:
+def _print_simulation(analysis: Analysis) -> None:
     from termwise.flow.simulation_report import kind_tables, summary_lines
 
-    for table in kind_tables(document, head):
+    for table in kind_tables(analysis):
         console.print_table(table.title, table.columns, table.rows, left=(0, len(table.columns) - 1))
-    for line in summary_lines(document):
+    for line in summary_lines(analysis.document):
         console.print_text(line)
-    for note in document["notes"]:
+    for note in analysis.document["notes"]:
         console.print_text(f"note: {note}")
 
 

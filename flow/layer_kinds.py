@@ -6,6 +6,11 @@ encoders. A layer of another name is a kind of its own.
 **Roofline** (Williams, Waterman and Patterson, CACM 2009). A kind of m multiplications that moves b bytes to and from
 external memory has the intensity m / b. It cannot do more multiplications per second than the array has at its peak,
 rows × columns × lanes / cycles per step, nor more than its intensity × the bandwidth of external memory.
+
+**Bound by.** The channel to external memory works while the array does, so a kind that waits for weights in a third of
+its cycles is bound by them if the channel is busy in all of them. A kind is bound by ``compute`` where the array is
+busy in at least as many cycles as the channel needs for the traffic at its peak, and as any stall takes; else by the
+cause of most stalls.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from termwise.algorithms.formats import get_format
-from termwise.algorithms.shapes import FAMILIES, ModelShape
-from termwise.algorithms.workload import PHASES, Phase
+from termwise.algorithms.shapes import FAMILIES
+from termwise.algorithms.workload import PHASES, Phase, check_phase
 from termwise.sim.accelerators import Accelerator
 from termwise.sim.totals import Totals, summed, totals_of
 from termwise.sim.vector_unit import CAUSE
@@ -68,11 +73,29 @@ def kind_of(name: str, operand: str, head: str | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """All products of one kind, or of the whole model."""
+    """All products of one kind, or of the whole model.
+
+    ``channel_cycles`` are the cycles that external memory takes for the traffic at its peak.
+    """
 
     name: str
     multiplications: int
     totals: Totals
+    channel_cycles: float
+
+    @property
+    def bound_by(self) -> str:
+        """What takes the time (see the module); a dash where there is no cycle."""
+        totals = self.totals
+        if not totals.cycles:
+            return "–"
+        cause, most = max(totals.stalls.items(), key=lambda entry: entry[1], default=("compute", 0))
+        return "compute" if totals.busy >= max(self.channel_cycles, most) else cause
+
+    @property
+    def channel_share(self) -> float:
+        """Share of the cycles that external memory needs at its peak; 0 where there is no cycle."""
+        return self.channel_cycles / self.totals.cycles if self.totals.cycles else 0.0
 
     @property
     def multiplications_per_byte(self) -> float | None:
@@ -92,7 +115,8 @@ class LayerKind:
             **self.totals.to_dict(),
             "multiplications_per_byte": self.multiplications_per_byte,
             "multiplications_per_cycle": self.multiplications_per_cycle,
-            "bound_by": self.totals.bound_by,
+            "channel_share": self.channel_share,
+            "bound_by": self.bound_by,
         }
 
 
@@ -101,48 +125,6 @@ def multiplications_of(layer: Mapping[str, Any]) -> int:
     if "multiplications" in layer:
         return int(layer["multiplications"])
     return int(layer["tokens"] * layer["reduction"] * layer["outputs"] * layer["repeats"])
-
-
-def layer_kinds(document: Mapping[str, Any], head: str | None, *, phase: str | None = None) -> list[LayerKind]:
-    """The kinds of a simulation in the order of execution; of a generation those of one ``phase``, where it is given.
-
-    ``head`` is the name of the layer of the logits. Vector operations, where they are simulated, are a kind of their
-    own (of a whole document only), whose cycles all have the cause ``vector``.
-    """
-    found: dict[str, tuple[int, Totals]] = {}
-    for layer in document["layers"]:
-        if phase is None or layer["phase"] == phase:
-            kind = kind_of(layer["name"], layer["operand"], head)
-            multiplications, totals = found.get(kind, (0, Totals()))
-            found[kind] = multiplications + multiplications_of(layer), totals.plus(totals_of(layer))
-    others = [kind for kind in found if kind not in _ORDER and kind != HEAD]
-    kinds = [
-        LayerKind(name=kind, multiplications=found[kind][0], totals=found[kind][1])
-        for kind in (*_ORDER, *others, HEAD)
-        if kind in found
-    ]
-    if phase is None and "vector_operations" in document:
-        cycles = sum(entry["cycles"] for entry in document["vector_operations"])
-        kinds.append(LayerKind(name=VECTOR, multiplications=0, totals=Totals().stalled(CAUSE, cycles)))
-    return kinds
-
-
-def whole(document: Mapping[str, Any]) -> LayerKind:
-    """The whole document as one kind, called ``total``."""
-    multiplications = sum(map(multiplications_of, document["layers"]))
-    return LayerKind(name="total", multiplications=multiplications, totals=totals_of(document))
-
-
-def phase_totals(document: Mapping[str, Any]) -> list[LayerKind]:
-    """The phases of a generation."""
-    return [
-        LayerKind(
-            name=phase,
-            multiplications=sum(multiplications_of(layer) for layer in document["layers"] if layer["phase"] == phase),
-            totals=totals_of(totals),
-        )
-        for phase, totals in document["phases"].items()
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +156,74 @@ class Roofline:
         }
 
 
-def roofline(document: Mapping[str, Any], accelerator: Accelerator, head: str | None) -> Roofline:
-    """The roofline of a simulation: a point for every kind that multiplies and moves something."""
-    phases = PHASES if document["phase"] == "generation" else [p for p in PHASES if p == document["phase"]]
-    operands = {layer["operand"] for layer in document["layers"]}
-    points = [kind for kind in layer_kinds(document, head) if kind.multiplications and kind.totals.traffic_bytes]
-    return Roofline(
-        memory=memory_name(accelerator),
-        bytes_per_cycle=memory_bytes_per_cycle(accelerator),
-        clock_mhz=document["clock_mhz"],
-        roofs=tuple(_roofs(document["format"], accelerator, phases, attention=bool(operands - {"weight"}))),
-        points=tuple(points),
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """A simulation by layer kind.
+
+    Attributes:
+        document: of ``sim.generation``.
+        kinds: in the order of execution. Vector operations, where they are simulated, are a kind of their own.
+        phases: of a generation; else empty.
+        total: the whole document as one kind.
+        roofline: a point for every kind that multiplies and moves something.
+    """
+
+    document: Mapping[str, Any]
+    kinds: tuple[LayerKind, ...]
+    phases: tuple[LayerKind, ...]
+    total: LayerKind
+    roofline: Roofline
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document with ``layer_kinds`` and ``roofline``, JSON-ready."""
+        return {
+            **self.document,
+            "layer_kinds": [kind.to_dict() for kind in self.kinds],
+            "roofline": self.roofline.to_dict(),
+        }
+
+
+def analyse(document: Mapping[str, Any], accelerator: Accelerator, head: str | None) -> Analysis:
+    """The simulation by layer kind; ``head`` is the name of the layer of the logits, where there is one."""
+    bytes_per_cycle = memory_bytes_per_cycle(accelerator)
+
+    def kind(name: str, layers: Iterable[Mapping[str, Any]], totals: Totals) -> LayerKind:
+        return LayerKind(
+            name=name,
+            multiplications=sum(map(multiplications_of, layers)),
+            totals=totals,
+            channel_cycles=totals.traffic_bytes / bytes_per_cycle,
+        )
+
+    members: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in document["layers"]:
+        members.setdefault(kind_of(layer["name"], layer["operand"], head), []).append(layer)
+    others = [name for name in members if name not in _ORDER and name != HEAD]
+    kinds = [
+        kind(name, members[name], summed(map(totals_of, members[name])))
+        for name in (*_ORDER, *others, HEAD)
+        if name in members
+    ]
+    points = tuple(entry for entry in kinds if entry.multiplications and entry.totals.traffic_bytes)
+    if "vector_operations" in document:
+        cycles = sum(entry["cycles"] for entry in document["vector_operations"])
+        kinds.append(kind(VECTOR, (), Totals().stalled(CAUSE, cycles)))
+    generation = document["phase"] == "generation"
+    return Analysis(
+        document=document,
+        kinds=tuple(kinds),
+        phases=tuple(
+            kind(phase, [layer for layer in document["layers"] if layer["phase"] == phase], totals_of(totals))
+            for phase, totals in (document["phases"].items() if generation else ())
+        ),
+        total=kind("total", document["layers"], totals_of(document)),
+        roofline=Roofline(
+            memory=memory_name(accelerator),
+            bytes_per_cycle=bytes_per_cycle,
+            clock_mhz=document["clock_mhz"],
+            roofs=tuple(_roofs(document, accelerator, PHASES if generation else (check_phase(document["phase"]),))),
+            points=points,
+        ),
     )
 
 
@@ -198,18 +237,19 @@ def memory_bytes_per_cycle(accelerator: Accelerator) -> float:
     return accelerator.dram_bytes_per_cycle
 
 
-def _roofs(weights: str, accelerator: Accelerator, phases: Iterable[Phase], *, attention: bool) -> list[Roof]:
+def _roofs(document: Mapping[str, Any], accelerator: Accelerator, phases: Iterable[Phase]) -> list[Roof]:
     """The peaks of the array, those that are equal as one."""
     element = accelerator.processing_element
-    names: dict[float, list[str]] = {}
+    weights, bits = document["format"], accelerator.key_value_bits
+    steps: dict[str, int] = {}
+    for layer in document["layers"]:
+        if layer["operand"] == "weight":
+            steps[weights] = element.cycles_per_step(get_format(weights))
+        else:
+            steps[f"{bits}-bit keys and values"] = element.key_value_cycles_per_step(bits)
+    names: dict[float, dict[str, None]] = {}
     for phase in phases:
         lanes = accelerator.array(phase).processing_elements * element.lanes
-        steps = {weights: element.cycles_per_step(get_format(weights))}
-        if attention:
-            bits = accelerator.key_value_bits
-            steps[f"{bits}-bit keys and values"] = element.key_value_cycles_per_step(bits)
         for name, cycles in steps.items():
-            known = names.setdefault(lanes / cycles, [])
-            if name not in known:
-                known.append(name)
+            names.setdefault(lanes / cycles, {})[name] = None
     return [Roof(name=", ".join(known), multiplications_per_cycle=peak) for peak, known in names.items()]

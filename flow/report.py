@@ -137,6 +137,7 @@ def write_report(results: Results, folder: Path) -> Files:
 
 
 def template_environment(*, html: bool) -> Any:
+    """Jinja's environment for the templates of ``flow``; ``html`` escapes what they are given."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(

@@ -175,14 +175,14 @@ def draw_roofline(title: str, found: Roofline, folder: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(MUTED)
         for roof in found.roofs:
-            x, y = zip(*roof_line(found, roof.multiplications_per_cycle, horizontal), strict=True)
-            axes.plot(x, y, color=INK, linewidth=1.3, zorder=2)
+            line = roof_line(found, roof.multiplications_per_cycle, horizontal)
+            axes.plot([x for x, _ in line], [y for _, y in line], color=INK, linewidth=1.3, zorder=2)
         places = [
             (point.multiplications_per_byte or 0.0, per_second * (point.multiplications_per_cycle or 0.0))
             for point in found.points
         ]
-        by_size = sorted(zip(found.points, places, strict=True), key=lambda entry: -entry[0].totals.cycles)
-        for point, (x, y) in by_size:
+        largest_first = sorted(zip(found.points, places, strict=True), key=lambda entry: -entry[0].totals.cycles)
+        for point, (x, y) in largest_first:
             size = 5.0 + 13.0 * math.sqrt(point.totals.cycles / whole)
             axes.plot(
                 [x],
@@ -378,7 +378,7 @@ def roofline_plot(found: Roofline) -> dict[str, Any]:
                 "x": [point.multiplications_per_byte],
                 "y": [speed],
                 "text": [
-                    f"<b>{point.name}</b><br>{100 * share:.1f} % of the cycles<br>bound by {point.totals.bound_by}"
+                    f"<b>{point.name}</b><br>{100 * share:.1f} % of the cycles<br>bound by {part_title(point.bound_by)}"
                 ],
                 "hovertemplate": "%{text}<br>%{x:.4g} MACs per byte<br>%{y:.4s} MACs per second<extra></extra>",
                 "marker": {

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from termwise.algorithms.files import directory_written_beside, write_text
 from termwise.flow.console import number
-from termwise.flow.layer_kinds import LayerKind, layer_kinds, multiplications_of, phase_totals, roofline, whole
+from termwise.flow.layer_kinds import Analysis, LayerKind, multiplications_of
 from termwise.flow.records import to_json
 from termwise.flow.report import markdown_cell, script_json, template_environment
 from termwise.flow.simulation_figures import (
@@ -24,7 +24,6 @@ from termwise.flow.simulation_figures import (
     present,
     roofline_plot,
 )
-from termwise.sim.accelerators import Accelerator
 from termwise.sim.totals import totals_of
 
 NOT_KNOWN: Final = "not known"
@@ -86,40 +85,41 @@ def _kind_rows(kinds: Sequence[LayerKind], total: LayerKind, first: str, title: 
                 _share(totals.busy, totals.cycles),
                 *(_share(totals.causes.get(cause, 0), totals.cycles) for cause in causes),
                 number(totals.traffic_bytes / 1e6),
+                f"{100 * row.channel_share:.1f} %",
                 NOT_KNOWN if energy is None else number(energy),
                 f"{100 * totals.pe_utilization:.1f} %",
                 number(row.multiplications_per_byte),
-                part_title(totals.bound_by),
+                part_title(row.bound_by),
             )
         )
     columns = (first, "cycles", "share", "busy", *map(part_title, causes))
     return TextTable(
         title=title,
-        columns=(*columns, "DRAM (MB)", "energy (µJ)", "PE use", "MACs per byte", "bound by"),
+        columns=(*columns, "DRAM (MB)", "DRAM use", "energy (µJ)", "PE use", "MACs per byte", "bound by"),
         rows=tuple(cells),
     )
 
 
-def kind_tables(document: Mapping[str, Any], head: str | None) -> list[TextTable]:
+def kind_tables(analysis: Analysis) -> list[TextTable]:
     """The table of layer kinds; of a generation the one of its phases before it."""
-    title = title_of(document)
-    kinds = _kind_rows(layer_kinds(document, head), whole(document), "layers", title)
-    if document["phase"] != "generation":
-        return [kinds]
-    return [_kind_rows(phase_totals(document), whole(document), "phase", f"{title}: phases"), kinds]
+    title = title_of(analysis.document)
+    tables = [_kind_rows(analysis.kinds, analysis.total, "layers", title)]
+    if analysis.phases:
+        tables.insert(0, _kind_rows(analysis.phases, analysis.total, "phase", f"{title}: phases"))
+    return tables
 
 
 def product_table(document: Mapping[str, Any]) -> TextTable:
-    """Every product of the document by name."""
+    """Every product of the document by name, with its sizes where they do not change from step to step."""
+    sizes = [key for key in ("tokens", "reduction", "outputs") if all(key in layer for layer in document["layers"])]
     rows = []
     for layer in document["layers"]:
         totals = totals_of(layer)
-        sizes = [f"{layer[key]:,}" if key in layer else "–" for key in ("tokens", "reduction", "outputs")]
         rows.append(
             (
                 f"{layer['phase']}: {layer['name']}" if "phase" in layer else layer["name"],
                 layer["operand"],
-                *sizes,
+                *(f"{layer[key]:,}" for key in sizes),
                 f"{layer['repeats']:,}",
                 f"{multiplications_of(layer):,}",
                 f"{totals.cycles:,}",
@@ -128,7 +128,7 @@ def product_table(document: Mapping[str, Any]) -> TextTable:
                 NOT_KNOWN if layer["energy_uj"]["total"] is None else number(layer["energy_uj"]["total"]),
             )
         )
-    columns = ("product", "operand", "tokens", "reduction", "outputs", "times", "MACs", "cycles", "PE use")
+    columns = ("product", "operand", *sizes, "times", "MACs", "cycles", "PE use")
     return TextTable(title="Products", columns=(*columns, "DRAM bytes", "energy (µJ)"), rows=tuple(rows), left=2)
 
 
@@ -181,28 +181,16 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def with_analysis(document: Mapping[str, Any], accelerator: Accelerator, head: str | None) -> dict[str, Any]:
-    """The document with ``layer_kinds`` and ``roofline``, as ``--json`` and ``simulation.json`` have it."""
-    return {
-        **document,
-        "layer_kinds": [kind.to_dict() for kind in layer_kinds(document, head)],
-        "roofline": roofline(document, accelerator, head).to_dict(),
-    }
-
-
-def write_simulation(
-    document: Mapping[str, Any], accelerator: Accelerator, head: str | None, folder: Path, *, command: str
-) -> None:
+def write_simulation(analysis: Analysis, folder: Path, *, command: str) -> None:
     """Write simulation.json, report.md, index.html and the figures to the new ``folder``, all of them or none.
 
     Raises ``InputError`` where the folder cannot be written, or is neither new nor empty.
     """
     from plotly.offline import get_plotlyjs
 
-    kinds = layer_kinds(document, head)
-    found = roofline(document, accelerator, head)
+    document, found = analysis.document, analysis.roofline
     title = title_of(document)
-    tables = [*kind_tables(document, head), product_table(document)]
+    tables = [*kind_tables(analysis), product_table(document)]
     if "vector_operations" in document:
         tables.append(vector_table(document))
     shown = {
@@ -215,14 +203,13 @@ def write_simulation(
         "breakdown_meaning": BREAKDOWN_MEANING,
         "roofline_meaning": ROOFLINE_MEANING,
     }
-    plots = [*breakdown_plots(kinds), *([roofline_plot(found)] if found.points else [])]
+    plots = [*breakdown_plots(analysis.kinds), *([roofline_plot(found)] if found.points else [])]
     markdown = template_environment(html=False)
     markdown.filters["cell"] = markdown_cell
     page = template_environment(html=True).get_template("simulation.html")
     with directory_written_beside(folder) as temporary:
-        whole_document = {"command": command, **with_analysis(document, accelerator, head)}
-        write_text(temporary / "simulation.json", to_json(whole_document))
-        draw_breakdown(title, kinds, temporary)
+        write_text(temporary / "simulation.json", to_json({"command": command, **analysis.to_dict()}))
+        draw_breakdown(title, analysis.kinds, temporary)
         draw_roofline(title, found, temporary)
         write_text(temporary / "report.md", markdown.get_template("simulation.md").render(**shown))
         text = page.render(**shown, plots_json=script_json(plots), library=get_plotlyjs())

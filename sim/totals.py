@@ -43,12 +43,6 @@ class Totals:
         return {"compute": self.busy, **self.stalls}
 
     @property
-    def bound_by(self) -> str:
-        """The cause of the most cycles, of equals the first; a dash where there is no cycle."""
-        causes = self.causes
-        return max(causes, key=lambda cause: causes[cause]) if self.cycles else "–"
-
-    @property
     def traffic_bytes(self) -> int:
         """All bytes to and from external memory."""
         return self.traffic.get(_TRAFFIC, 0)
