@@ -227,7 +227,7 @@ def _name_roofs(axes: Axes, found: Roofline) -> list[Places]:
         note = axes.annotate(
             f"{roof.name}: {roof.multiplications_per_cycle:,.4g} MACs per cycle",
             (right, found.clock_mhz * 1e6 * roof.multiplications_per_cycle),
-            xytext=(-2, 3 if above else -4),
+            xytext=(-2, 10 if above else -10),
             textcoords="offset points",
             ha="right",
             va="bottom" if above else "top",

@@ -15,7 +15,14 @@ from termwise.algorithms.workload import PHASES, workload
 from termwise.flow.cli import main
 from termwise.flow.figures import STYLE
 from termwise.flow.layer_kinds import HEAD, VECTOR, Analysis, LayerKind, analyse, kind_of
-from termwise.flow.simulation_figures import draw_breakdown, draw_roofline, roof_line, roofline_limits
+from termwise.flow.simulation_figures import (
+    breakdown_plots,
+    draw_breakdown,
+    draw_roofline,
+    roof_line,
+    roofline_limits,
+    roofline_plot,
+)
 from termwise.flow.simulation_report import NOT_KNOWN, kind_tables, product_table, summary_lines, write_simulation
 from termwise.sim.accelerators import accelerator_names, get_accelerator
 from termwise.sim.generation import simulate_generation, simulate_phase
@@ -53,7 +60,8 @@ def test_every_layer_of_every_known_shape_has_a_kind_of_few() -> None:
         kinds = {
             kind_of(gemm.name, gemm.operand, shape.head) for gemm in workload(shape, phase="decode", context=4, batch=1)
         }
-        assert kinds - {"router"} == {
+        others = {"router", "model.decoder.project_in", "model.decoder.project_out"}  # the last two: OPT-350M alone
+        assert kinds - others == {
             *("queries, keys, values", "attention scores", "attention values"),
             *("attention output", "gate and up", "down", "head"),
         }, name
@@ -248,3 +256,12 @@ def test_help_has_examples_that_parse() -> None:
     assert command is not None
     for example in examples:
         command.make_context("simulate", shlex.split(example)[2:])
+
+
+def test_the_plots_of_the_page_are_what_plotly_takes(generation: Analysis) -> None:
+    """Plotly's Python objects check every name and value."""
+    from plotly.graph_objects import Figure
+
+    for plot in [*breakdown_plots(generation.kinds), roofline_plot(generation.roofline)]:
+        figure = Figure(data=plot["traces"], layout=plot["layout"])
+        assert len(figure.data) == len(plot["traces"]) > 0
