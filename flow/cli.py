@@ -837,11 +837,11 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
 
 
 def _print_simulation(analysis: Analysis) -> None:
-    from termwise.flow.simulation_report import kind_tables, summary_lines
+    from termwise.flow.simulation_report import kind_tables, memory_text, summary_lines
 
     for table in kind_tables(analysis):
         console.print_table(table.title, table.columns, table.rows, left=(0, len(table.columns) - 1))
-    for line in summary_lines(analysis.document):
+    for line in summary_lines(analysis.document, memory_text(analysis.roofline)):
         console.print_text(line)
     for note in analysis.document["notes"]:
         console.print_text(f"note: {note}")

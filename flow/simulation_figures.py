@@ -21,6 +21,7 @@ _TITLES: Final = {
     "pe": "PEs",
     "sram_read": "buffer reads",
     "sram_write": "buffer writes",
+    "leakage": "buffer leakage",
     "dram": "DRAM",
 }
 

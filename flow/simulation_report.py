@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from termwise.algorithms.files import directory_written_beside, write_text
 from termwise.flow.console import number
-from termwise.flow.layer_kinds import Analysis, LayerKind, multiplications_of
+from termwise.flow.layer_kinds import Analysis, LayerKind, Roofline, multiplications_of
 from termwise.flow.records import to_json
 from termwise.flow.report import markdown_cell, script_json, template_environment
 from termwise.flow.simulation_figures import (
@@ -149,8 +149,11 @@ def vector_table(document: Mapping[str, Any]) -> TextTable:
     )
 
 
-def summary_lines(document: Mapping[str, Any]) -> list[str]:
-    """Latency, speed, energy and traffic of the whole, a sentence each; also of the published model's documents."""
+def summary_lines(document: Mapping[str, Any], memory: str = "") -> list[str]:
+    """Latency, speed, energy and traffic of the whole, a sentence each; also of the published model's documents.
+
+    ``memory`` is what is said of external memory beside its traffic.
+    """
     cycles, phase = document["cycles"], document["phase"]
     lines = [f"latency: {cycles:,} cycles, {number(document['latency_ms'])} ms at {document['clock_mhz']:,} MHz"]
     if "time_to_first_token_ms" in document:
@@ -177,8 +180,13 @@ def summary_lines(document: Mapping[str, Any]) -> list[str]:
         if part != "total"
     )
     lines.append(f"energy: {energy_text(energy)}: {parts}")
-    lines.append(f"DRAM traffic: {document['traffic_bytes']:,} bytes")
+    lines.append(f"DRAM traffic: {document['traffic_bytes']:,} bytes{memory and f' ({memory})'}")
     return lines
+
+
+def memory_text(found: Roofline) -> str:
+    """External memory and its peak bandwidth."""
+    return f"{found.memory}, {found.clock_mhz * found.bytes_per_cycle / 1e3:,.4g} GB/s at its peak"
 
 
 def write_simulation(analysis: Analysis, folder: Path, *, command: str) -> None:
@@ -196,7 +204,7 @@ def write_simulation(analysis: Analysis, folder: Path, *, command: str) -> None:
     shown = {
         "title": title,
         "command": command,
-        "lines": summary_lines(document),
+        "lines": summary_lines(document, memory_text(found)),
         "tables": tables,
         "notes": document["notes"],
         "has_roofline": bool(found.points),
