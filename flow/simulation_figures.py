@@ -207,7 +207,7 @@ def draw_roofline(title: str, found: Roofline, folder: Path) -> list[Path]:
         place_labels(
             figure,
             axes,
-            _labels(axes, found.points, places, pixels_per_point=figure.dpi / 72),
+            _labels(axes, found.points, places, colour_of),
             [*points.tolist(), *(place for name in names for place in name)],
             axes.transData.transform(corners).tolist(),
         )
@@ -288,20 +288,27 @@ def _name_slope(axes: Axes, found: Roofline, points: Any) -> Places:
 
 
 def _labels(
-    axes: Axes, points: Sequence[LayerKind], places: Sequence[tuple[float, float]], *, pixels_per_point: float
+    axes: Axes, points: Sequence[LayerKind], places: Sequence[tuple[float, float]], colour_of: Mapping[str, str]
 ) -> list[tuple[float, float, str, str]]:
     """A label (x, y, text, colour) per point; points that lie on each other share one, line by line."""
+    together = LABELS_TOGETHER * axes.figure.dpi / 72
     pixels = axes.transData.transform(list(places))
     groups: list[list[int]] = []
     for place in range(len(points)):
         for group in groups:
-            distance = math.dist(pixels[group[0]], pixels[place])
-            if distance < LABELS_TOGETHER * pixels_per_point:
+            if math.dist(pixels[group[0]], pixels[place]) < together:
                 group.append(place)
                 break
         else:
             groups.append([place])
-    return [(*places[group[0]], "\n".join(points[place].name for place in group), INK) for group in groups]
+    return [
+        (
+            *places[group[0]],
+            "\n".join(points[place].name for place in group),
+            colour_of[points[group[0]].name] if len(group) == 1 else INK,
+        )
+        for group in groups
+    ]
 
 
 def breakdown_plots(kinds: Sequence[LayerKind]) -> list[dict[str, Any]]:
