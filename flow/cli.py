@@ -837,10 +837,11 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
 
 
 def _print_simulation(analysis: Analysis) -> None:
-    from termwise.flow.simulation_report import kind_tables, memory_text, summary_lines
+    from termwise.flow.simulation_report import kind_tables, memory_text, summary_lines, title_of
 
+    console.print_text(f"{title_of(analysis.document)}\n")
     for table in kind_tables(analysis):
-        console.print_table(table.title, table.columns, table.rows, left=(0, len(table.columns) - 1))
+        console.print_table(table.title, table.columns, table.rows)
     for line in summary_lines(analysis.document, memory_text(analysis.roofline)):
         console.print_text(line)
     for note in analysis.document["notes"]:

@@ -69,43 +69,59 @@ def _share(part: float, all_of: float) -> str:
     return f"{100 * part / all_of:.1f} %" if all_of else "–"
 
 
-def _kind_rows(kinds: Sequence[LayerKind], total: LayerKind, first: str, title: str) -> TextTable:
-    """A row for each kind and one for the total."""
+def _time_table(kinds: Sequence[LayerKind], total: LayerKind, first: str, title: str) -> TextTable:
+    """Where the cycles go: a row for each kind and one for the total."""
     rows = [*kinds, total]
     causes = [cause for cause in present(row.totals.causes for row in rows) if cause != "compute"]
-    cells = []
-    for row in rows:
-        totals = row.totals
-        energy = totals.energy_uj.get("total", 0.0)
-        cells.append(
-            (
-                row.name,
-                f"{totals.cycles:,}",
-                _share(totals.cycles, total.totals.cycles),
-                _share(totals.busy, totals.cycles),
-                *(_share(totals.causes.get(cause, 0), totals.cycles) for cause in causes),
-                number(totals.traffic_bytes / 1e6),
-                f"{100 * row.channel_share:.1f} %",
-                NOT_KNOWN if energy is None else number(energy),
-                f"{100 * totals.pe_utilization:.1f} %",
-                number(row.multiplications_per_byte),
-                part_title(row.bound_by),
-            )
-        )
-    columns = (first, "cycles", "share", "busy", *map(part_title, causes))
     return TextTable(
         title=title,
-        columns=(*columns, "DRAM (MB)", "DRAM use", "energy (µJ)", "PE use", "MACs per byte", "bound by"),
-        rows=tuple(cells),
+        columns=(first, "cycles", "share", "busy", *map(part_title, causes), "bound by"),
+        rows=tuple(
+            (
+                row.name,
+                f"{row.totals.cycles:,}",
+                _share(row.totals.cycles, total.totals.cycles),
+                _share(row.totals.busy, row.totals.cycles),
+                *(_share(row.totals.causes.get(cause, 0), row.totals.cycles) for cause in causes),
+                part_title(row.bound_by),
+            )
+            for row in rows
+        ),
     )
 
 
+def _cost_table(kinds: Sequence[LayerKind], total: LayerKind, first: str, title: str) -> TextTable:
+    """What is moved, spent and used: a row for each kind and one for the total."""
+    return TextTable(
+        title=title,
+        columns=(first, "DRAM (MB)", "DRAM use", "energy (µJ)", "PE use", "MACs per byte"),
+        rows=tuple(
+            (
+                row.name,
+                number(row.totals.traffic_bytes / 1e6),
+                f"{100 * row.channel_share:.1f} %",
+                _energy_cell(row.totals.energy_uj.get("total")),
+                f"{100 * row.totals.pe_utilization:.1f} %",
+                number(row.multiplications_per_byte),
+            )
+            for row in (*kinds, total)
+        ),
+    )
+
+
+def _energy_cell(microjoules: float | None) -> str:
+    return NOT_KNOWN if microjoules is None else number(microjoules)
+
+
 def kind_tables(analysis: Analysis) -> list[TextTable]:
-    """The table of layer kinds; of a generation the one of its phases before it."""
-    title = title_of(analysis.document)
-    tables = [_kind_rows(analysis.kinds, analysis.total, "layers", title)]
+    """Time and cost of the layer kinds; of a generation those of its phases before them."""
+    tables = [
+        _time_table(analysis.kinds, analysis.total, "layers", "Time by layer kind"),
+        _cost_table(analysis.kinds, analysis.total, "layers", "Traffic, energy and use by layer kind"),
+    ]
     if analysis.phases:
-        tables.insert(0, _kind_rows(analysis.phases, analysis.total, "phase", f"{title}: phases"))
+        tables.insert(0, _time_table(analysis.phases, analysis.total, "phase", "Time by phase"))
+        tables.insert(1, _cost_table(analysis.phases, analysis.total, "phase", "Traffic, energy and use by phase"))
     return tables
 
 
@@ -125,7 +141,7 @@ def product_table(document: Mapping[str, Any]) -> TextTable:
                 f"{totals.cycles:,}",
                 f"{100 * totals.pe_utilization:.1f} %",
                 f"{totals.traffic_bytes:,}",
-                NOT_KNOWN if layer["energy_uj"]["total"] is None else number(layer["energy_uj"]["total"]),
+                _energy_cell(layer["energy_uj"]["total"]),
             )
         )
     columns = ("product", "operand", *sizes, "times", "MACs", "cycles", "PE use")

@@ -96,19 +96,24 @@ class VectorWork:
 
     def left_out_note(self, cycles: int) -> str:
         """What a simulation of ``cycles`` cycles without the unit says: names, and how much they could matter."""
-        names = ", ".join(name.replace("_", " ") for name in self._by_name)
         return (
-            f"vector operations are left out ({names}); a unit of {self.unit.lanes} lanes that works in turn with the "
-            f"array would take {self.cycles:,} cycles more ({100 * self.cycles / cycles:.2g} %): "
+            f"vector operations are left out ({self._names()}); a unit of {self.unit.lanes} lanes that works in turn "
+            f"with the array would take {self.cycles:,} cycles more ({100 * self.cycles / cycles:.2g} %): "
             f"--vector-lanes {self.unit.lanes}"
         )
 
     def counted_note(self) -> str:
         """What a simulation with the unit says."""
         return (
-            f"vector operations take {self.cycles:,} cycles on {self.unit.lanes} lanes in turn with the array; their "
-            "energy is not known and no part of the total"
+            f"vector operations ({self._names()}) take {self.cycles:,} cycles on {self.unit.lanes} lanes in turn with "
+            "the array; their energy is not known and no part of the total"
         )
+
+    def _names(self) -> str:
+        """The operations by name; those on scores are all that is known of a shape of linear layers and attention."""
+        names = ", ".join(name.replace("_", " ") for name in self._by_name)
+        only_scores = set(self._by_name) <= {"softmax", "attention_softcap"}
+        return f"{names}; others of this model are not known" if only_scores else names
 
     def __bool__(self) -> bool:
         return bool(self._by_name)
