@@ -10,6 +10,7 @@ Modules that a command needs are imported inside it, so that no command pays for
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shlex
@@ -666,6 +667,19 @@ def _calibration(
     help="Tokens of a prefill or a prompt, or tokens cached in a decode step.",
 )
 @click.option("--output-tokens", type=int, help="New tokens of a generation.  [default: 256]")
+@click.option(
+    "--memory",
+    "memory_name",
+    metavar="MEMORY",
+    help="ideal, ddr4-3200, lpddr5x-8533, hbm2e or hbm3, also with channels, as in hbm3@8.  [default: the "
+    "accelerator's own]",
+)
+@click.option(
+    "--energy-set",
+    "energy_set",
+    metavar="NAME",
+    help="Energies per event: bitmod-2024 or bitmod-2024-any-buffer.  [default: the accelerator's own]",
+)
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
 @click.option(
     "--vector-lanes",
@@ -691,6 +705,8 @@ def simulate(
     phase: str,
     context: int,
     output_tokens: int | None,
+    memory_name: str | None,
+    energy_set: str | None,
     batch: int,
     vector_lanes: int | None,
     model_of: str,
@@ -706,6 +722,7 @@ def simulate(
       termwise simulate llama-2-7b --accelerator bitmod-lossy --phase decode
       termwise simulate llama-2-7b --accelerator olive --context 2048 --out runs/olive
       termwise simulate opt-1.3b --accelerator fp16 --phase generation --output-tokens 128
+      termwise simulate opt-1.3b --accelerator bitmod-lossy --memory hbm2e
       termwise simulate opt-1.3b --accelerator bitmod-lossy --vector-lanes 64 --json
     """
     from termwise.algorithms.formats import get_format
@@ -713,9 +730,15 @@ def simulate(
     from termwise.flow.folders import check_new_folder
     from termwise.flow.subject import open_subject
     from termwise.sim.accelerators import get_accelerator
+    from termwise.sim.dram import get_dram
+    from termwise.sim.energy import get_energy_set
     from termwise.sim.published import PUBLISHED_STATES, simulate_published
 
     accelerator = get_accelerator(accelerator_name)
+    if memory_name is not None:
+        accelerator = dataclasses.replace(accelerator, memory=get_dram(memory_name))
+    if energy_set is not None:
+        accelerator = dataclasses.replace(accelerator, energy_set=get_energy_set(energy_set).name)
     if phase not in (*PHASES, "generation"):
         raise unknown_name("phase", phase, (*PHASES, "generation"))
     if output_tokens is not None and phase != "generation":
@@ -727,7 +750,13 @@ def simulate(
     if state is not None:
         _check_published(
             model_of,
-            {"--format": format_name, "--vector-lanes": vector_lanes, "--out": out},
+            {
+                "--format": format_name,
+                "--memory": memory_name,
+                "--energy-set": energy_set,
+                "--vector-lanes": vector_lanes,
+                "--out": out,
+            },
             phase,
         )
     if out is not None:
@@ -802,8 +831,8 @@ def _check_published(model_of: str, options: dict[str, object], phase: str) -> N
     for option, value in options.items():
         if value is not None:
             raise InputError(
-                f"{option} {value}: the published model has its own weight precisions, and neither a vector unit nor "
-                f"layers to draw; expected no {option} with --model-of {model_of}"
+                f"{option} {value}: the published model has precisions, memory and energies of its own, and neither a "
+                f"vector unit nor layers to draw; expected no {option} with --model-of {model_of}"
             )
 
 

@@ -229,12 +229,14 @@ def analyse(document: Mapping[str, Any], accelerator: Accelerator, head: str | N
 
 def memory_name(accelerator: Accelerator) -> str:
     """What the machine's external memory is called."""
-    return f"{accelerator.dram_bytes_per_cycle} bytes per cycle"
+    memory = accelerator.memory
+    ideal = memory.ideal_bytes_per_cycle
+    return memory.name if ideal is None else f"{ideal} bytes per cycle"
 
 
 def memory_bytes_per_cycle(accelerator: Accelerator) -> float:
     """The most bytes that external memory moves in a cycle of the accelerator."""
-    return accelerator.dram_bytes_per_cycle
+    return float(accelerator.memory.peak_bytes_per_second(accelerator.clock_mhz) / (accelerator.clock_mhz * 1_000_000))
 
 
 def _roofs(document: Mapping[str, Any], accelerator: Accelerator, phases: Iterable[Phase]) -> list[Roof]:

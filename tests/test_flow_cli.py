@@ -364,6 +364,8 @@ def test_doctor_exits_with_3_where_a_package_is_missing(monkeypatch: pytest.Monk
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--phase", "generate"], ["did you mean 'generation'"]),
         (["simulate", "opt-1.3b", "--accelerator", "ant", "--output-tokens", "4"], ["--phase generation"]),
         (["simulate", "opt-125m", "--accelerator", "ant", "--vector-lanes", "0"], ["vector lanes is 0"]),
+        (["simulate", "opt-125m", "--accelerator", "ant", "--memory", "hbm2"], ["unknown memory", "mean 'hbm2e'"]),
+        (["simulate", "opt-125m", "--accelerator", "ant", "--energy-set", "bitmod"], ["mean 'bitmod-2024'"]),
         (
             ["simulate", "opt-125m", "--accelerator", "ant", "--phase", "generation", "--output-tokens", "0"],
             ["output tokens is 0"],

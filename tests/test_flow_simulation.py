@@ -264,3 +264,21 @@ def test_the_plots_of_the_page_are_what_plotly_takes(generation: Analysis) -> No
     for plot in [*breakdown_plots(generation.kinds), roofline_plot(generation.roofline)]:
         figure = Figure(data=plot["traces"], layout=plot["layout"])
         assert len(figure.data) == len(plot["traces"]) > 0
+
+
+def test_the_memory_and_the_energies_of_the_machine_are_replaced() -> None:
+    """The memory is the slope of the roofline: 25.6 GB/s in 1 ns are 25.6 bytes per cycle."""
+    arguments = [MODEL, "--accelerator", "bitmod-lossy", "--phase", "decode", "--context", "16", "--json"]
+    ideal = json.loads(run(*arguments).stdout)
+    result = run(*arguments, "--memory", "ddr4-3200", "--energy-set", "bitmod-2024-any-buffer")
+    document = json.loads(result.stdout)
+    assert (document["memory"], document["energy_set"]) == ("ddr4-3200", "bitmod-2024-any-buffer")
+    assert document["roofline"]["memory"] == "ddr4-3200"
+    assert document["roofline"]["bytes_per_cycle"] == 25.6
+    assert document["cycles"] > ideal["cycles"]
+    assert "leakage" in document["energy_uj"]
+    assert "leakage" not in ideal["energy_uj"]
+    unknown = json.loads(run(*arguments, "--memory", "hbm3").stdout)
+    assert unknown["energy_uj"]["dram"] is None
+    assert unknown["energy_per_token_uj"] is None
+    assert run(*arguments[:-1], "--memory", "hbm3").stdout.count(NOT_KNOWN) >= len(unknown["layer_kinds"])
