@@ -10,6 +10,7 @@ Modules that a command needs are imported inside it, so that no command pays for
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shlex
@@ -28,6 +29,7 @@ from termwise.flow import console
 if TYPE_CHECKING:
     from termwise.algorithms.formats import Format
     from termwise.algorithms.models import Model
+    from termwise.flow.layer_kinds import Analysis
     from termwise.flow.quality import Calibration
     from termwise.flow.sweep import Progress
     from termwise.sim.accelerators import Accelerator
@@ -741,11 +743,34 @@ def _calibration(
     help="As termwise accelerators lists them, for example bitmod-lossy or olive@32x32, or a TOML file of your own.",
 )
 @click.option("--format", "format_name", metavar="FORMAT", help="Of the weights.  [default: the accelerator's own]")
-@click.option("--phase", default="prefill", show_default=True, metavar="PHASE", help="prefill or decode.")
+@click.option("--phase", default="prefill", show_default=True, metavar="PHASE", help="prefill, decode or generation.")
 @click.option(
-    "--context", default=256, show_default=True, help="Tokens of a prefill, or tokens cached in a decode step."
+    "--context",
+    default=256,
+    show_default=True,
+    help="Tokens of a prefill or a prompt, or tokens cached in a decode step.",
+)
+@click.option("--output-tokens", type=int, help="New tokens of a generation.  [default: 256]")
+@click.option(
+    "--memory",
+    "memory_name",
+    metavar="MEMORY",
+    help="ideal, ddr4-3200, lpddr5x-8533, hbm2e or hbm3, also with channels, as in hbm3@8.  [default: the "
+    "accelerator's own]",
+)
+@click.option(
+    "--energy-set",
+    "energy_set",
+    metavar="NAME",
+    help="Energies per event: bitmod-2024 or bitmod-2024-any-buffer.  [default: the accelerator's own]",
 )
 @click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--vector-lanes",
+    type=int,
+    metavar="N",
+    help="Softmax, norms and the like on a vector unit of N lanes.  [default: left out]",
+)
 @click.option(
     "--model-of",
     default="cycle",
@@ -754,6 +779,7 @@ def _calibration(
     help="cycle: the cycle-level simulator; published, published-2025: the closed form of the BitMoD paper, and its "
     "later state.",
 )
+@click.option("--out", type=click.Path(path_type=Path), help="New folder for a report, figures, a page and the JSON.")
 @_json_option
 def simulate(
     *,
@@ -762,55 +788,151 @@ def simulate(
     format_name: str | None,
     phase: str,
     context: int,
+    output_tokens: int | None,
+    memory_name: str | None,
+    energy_set: str | None,
     batch: int,
+    vector_lanes: int | None,
     model_of: str,
+    out: Path | None,
     as_json: bool,
 ) -> None:
-    """Simulate MODEL on an accelerator: cycles and their causes, traffic, energy."""
+    """Simulate MODEL on an accelerator: cycles and their causes, traffic, energy, by kind of layer.
+
+    MODEL is a known shape such as llama-2-7b, a directory in Hugging Face format, or a config.json.
+
+    \b
+    Examples:
+      termwise simulate llama-2-7b --accelerator bitmod-lossy --phase decode
+      termwise simulate llama-2-7b --accelerator olive --context 2048 --out runs/olive
+      termwise simulate opt-1.3b --accelerator fp16 --phase generation --output-tokens 128
+      termwise simulate opt-1.3b --accelerator bitmod-lossy --memory hbm2e
+      termwise simulate opt-1.3b --accelerator bitmod-lossy --vector-lanes 64 --json
+    """
     from termwise.algorithms.formats import get_format
-    from termwise.algorithms.workload import check_phase
+    from termwise.algorithms.workload import PHASES, check_phase
+    from termwise.flow.folders import check_new_folder
     from termwise.flow.subject import open_subject
     from termwise.sim.accelerators import get_accelerator
+    from termwise.sim.dram import get_dram
+    from termwise.sim.energy import get_energy_set
     from termwise.sim.published import PUBLISHED_STATES, simulate_published
 
     accelerator = get_accelerator(accelerator_name)
-    checked = check_phase(phase)
+    if memory_name is not None:
+        accelerator = dataclasses.replace(accelerator, memory=get_dram(memory_name))
+    if energy_set is not None:
+        accelerator = dataclasses.replace(accelerator, energy_set=get_energy_set(energy_set).name)
+    if phase not in (*PHASES, "generation"):
+        raise unknown_name("phase", phase, (*PHASES, "generation"))
+    if output_tokens is not None and phase != "generation":
+        raise InputError(f"--output-tokens {output_tokens}: a {phase} has none; expected --phase generation")
     format = None if format_name is None else get_format(format_name)
     state = PUBLISHED_STATES.get(model_of)
     if state is None and model_of != "cycle":
         raise unknown_name("model of the hardware", model_of, ("cycle", *PUBLISHED_STATES))
-    if state is not None and format is not None:
-        raise InputError(
-            f"--format {format.name}: the published model has its own weight precisions; expected no --format with "
-            f"--model-of {model_of}"
+    if state is not None:
+        _check_published(
+            model_of,
+            {
+                "--format": format_name,
+                "--memory": memory_name,
+                "--energy-set": energy_set,
+                "--vector-lanes": vector_lanes,
+                "--out": out,
+            },
+            phase,
         )
+    if out is not None:
+        check_new_folder(out)
     shape = open_subject(model).shape
     if state is not None:
         document = simulate_published(
-            shape, accelerator, phase=checked, context=context, batch=batch, state=state
+            shape, accelerator, phase=check_phase(phase), context=context, batch=batch, state=state
         ).to_dict()
-    else:
-        from termwise.sim.simulate import simulate as simulate_cycles
+        if as_json:
+            console.print_json(document)
+        else:
+            _print_published(document)
+        return
 
-        with _bar(f"{shape.name} on {accelerator.name}", "product") as (begin, advance):
+    from termwise.flow.layer_kinds import analyse
+    from termwise.flow.simulation_report import write_simulation
+    from termwise.sim.generation import simulate_generation, simulate_phase
+    from termwise.sim.vector_unit import VectorUnit
 
-            def told(_: int, total: int) -> None:
-                begin(total)
-                advance()
+    unit = None if vector_lanes is None else VectorUnit(lanes=vector_lanes)
+    with _bar(f"{shape.name} on {accelerator.name}", "step" if phase == "generation" else "product") as (
+        begin,
+        advance,
+    ):
 
-            document = simulate_cycles(
+        def told(_: int, total: int) -> None:
+            begin(total)
+            advance()
+
+        if phase == "generation":
+            document = simulate_generation(
                 shape,
                 accelerator,
-                phase=checked,
+                weights=format,
+                context=context,
+                output_tokens=256 if output_tokens is None else output_tokens,
+                batch=batch,
+                vector_unit=unit,
+                progress=told,
+            )
+        else:
+            document = simulate_phase(
+                shape,
+                accelerator,
+                phase=check_phase(phase),
                 weights=format,
                 context=context,
                 batch=batch,
+                vector_unit=unit,
                 progress=told,
-            ).to_dict()
+            )
+    analysis = analyse(document, accelerator, shape.head)
+    if out is not None:
+        write_simulation(analysis, out, command=_command_line())
     if as_json:
-        console.print_json(document)
-    else:
-        _print_simulation(document)
+        console.print_json(analysis.to_dict())
+        return
+    _print_simulation(analysis)
+    if out is not None:
+        console.print_text(f"report: {out / 'report.md'}")
+        console.print_text(f"page: {out / 'index.html'}")
+
+
+def _check_published(model_of: str, options: dict[str, object], phase: str) -> None:
+    """Raise ``InputError`` where the published model is asked for what it has not."""
+    if phase == "generation":
+        raise InputError(
+            "--phase generation: the published model has single phases; expected prefill or decode with "
+            f"--model-of {model_of}"
+        )
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(
+                f"{option} {value}: the published model has precisions, memory and energies of its own, and neither a "
+                f"vector unit nor layers to draw; expected no {option} with --model-of {model_of}"
+            )
+
+
+def _command_line() -> str:
+    """The command that runs, with the arguments and options that were given, for the first line of a report."""
+    context = click.get_current_context()
+    words = ["termwise", context.command.name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name != "as_json":
+            words += [
+                *([] if isinstance(parameter, click.Argument) else [parameter.opts[0]]),
+                str(context.params[name]),
+            ]
+    return shlex.join(words)
 
 
 @contextlib.contextmanager
@@ -827,78 +949,24 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
         yield begin, lambda: (bar.update(1), None)[1]
 
 
-def _print_simulation(document: dict[str, Any]) -> None:
-    published = document["model_of"] != "cycle"
-    stored = f"{document['weight_bits']:.4g} bits per weight" if published else document["format"]
-    title = (
-        f"{document['model']} on {document['accelerator']}, {stored}, {document['phase']}, context "
-        f"{document['context']}, batch {document['batch']}"
-    )
-    if not published:
-        console.print_table(
-            title,
-            (
-                "product",
-                "operand",
-                "tokens",
-                "reduction",
-                "outputs",
-                "times",
-                "cycles",
-                "PE use",
-                "DRAM bytes",
-                "energy (µJ)",
-            ),
-            [
-                (
-                    layer["name"],
-                    layer["operand"],
-                    *(f"{layer[key]:,}" for key in ("tokens", "reduction", "outputs", "repeats", "cycles")),
-                    f"{100 * layer['pe_utilization']:.1f} %",
-                    f"{layer['traffic_bytes']:,}",
-                    console.number(layer["energy_uj"]["total"]),
-                )
-                for layer in document["layers"]
-            ],
-            left=2,
-        )
-    else:
-        console.print_text(f"{title}: the closed form {document['model_of']}")
-    cycles = document["cycles"]
-    console.print_text(
-        f"latency: {cycles:,} cycles, {console.number(document['latency_ms'])} ms at {document['clock_mhz']:,} MHz"
-    )
-    if "tokens_per_second" in document:
-        console.print_text(
-            f"{console.number(document['tokens_per_second'])} tokens per second, "
-            f"{console.number(document['energy_per_token_uj'])} µJ per token"
-        )
-    titles = {
-        "scale": "waiting for the scaling of a group",
-        "weights": "waiting for weights",
-        "activations": "waiting for activations",
-        "drain": "draining",
-        "write_back": "waiting for write-backs",
-        "dram": "waiting for DRAM",
-    }
-    causes = {"busy": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
-    shares = ", ".join(f"{name} {count:,} ({100 * count / max(cycles, 1):.1f} %)" for name, count in causes.items())
-    console.print_text(f"cycles by cause: {shares}")
-    energy = document["energy_uj"]["total"]
-    parts = [
-        ("PEs", "pe"),
-        ("buffer reads", "sram_read"),
-        ("buffer writes", "sram_write"),
-        ("buffer leakage", "leakage"),
-        ("DRAM", "dram"),
-    ]
-    charged = [(name, document["energy_uj"][key]) for name, key in parts if key in document["energy_uj"]]
-    if energy:
-        split = ", ".join(f"{name} {100 * part / energy:.1f} %" for name, part in charged)
-    else:
-        split = ", ".join(f"{name} {console.number(part)} µJ" for name, part in charged)
-    console.print_text(f"energy: {console.number(energy)} µJ: {split}")
-    console.print_text(f"DRAM traffic: {document['traffic_bytes']:,} bytes")
+def _print_simulation(analysis: Analysis) -> None:
+    from termwise.flow.simulation_report import kind_tables, memory_text, summary_lines, title_of
+
+    console.print_text(f"{title_of(analysis.document)}\n")
+    for table in kind_tables(analysis):
+        console.print_table(table.title, table.columns, table.rows)
+    for line in summary_lines(analysis.document, memory_text(analysis.roofline)):
+        console.print_text(line)
+    for note in analysis.document["notes"]:
+        console.print_text(f"note: {note}")
+
+
+def _print_published(document: dict[str, Any]) -> None:
+    from termwise.flow.simulation_report import summary_lines, title_of
+
+    console.print_text(f"{title_of(document)}: the closed form {document['model_of']}")
+    for line in summary_lines(document):
+        console.print_text(line)
     for note in document["notes"]:
         console.print_text(f"note: {note}")
 

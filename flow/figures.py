@@ -183,7 +183,7 @@ def _meetings(
     )
 
 
-def _place_labels(
+def place_labels(
     figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]], obstacles: Any, front: Any
 ) -> None:
     """Write each label (x, y, text, colour) beside its point, where it covers the least of everything else.
@@ -407,7 +407,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                     for point in front_line(points, horizontal, vertical)
                 ]
                 corners = [(x, y) for x, y, _, _ in labels]
-                _place_labels(
+                place_labels(
                     figure,
                     axes,
                     labels,
@@ -420,7 +420,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 LAYERS_NAMED: Final = 80
 """A figure of more layers than this numbers them."""
 
-_SHARE_COLOURS: Final = ("#1e5bb0", "#c9381f", "#5c8a1c", "#b0741a", "#8a4fc4", "#0a7f83", "#c2418c", "#7d8894")
+SHARE_COLOURS: Final = ("#1e5bb0", "#c9381f", "#5c8a1c", "#b0741a", "#8a4fc4", "#0a7f83", "#c2418c", "#7d8894")
 
 
 def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> list[Path]:
@@ -444,10 +444,10 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
         grid = figure.subplots(panels, 1, squeeze=False, sharex=True)[:, 0]
         errors = grid[0]
         weights = [math.nan if layer.sqnr_db is None else layer.sqnr_db for layer in layers]
-        errors.plot(places, weights, "o", markersize=4, color=_SHARE_COLOURS[0], label="weights")
+        errors.plot(places, weights, "o", markersize=4, color=SHARE_COLOURS[0], label="weights")
         if any(layer.output_error for layer in layers):
             outputs = [-10 * math.log10(layer.output_error) if layer.output_error else math.nan for layer in layers]
-            errors.plot(places, outputs, "D", markersize=3.5, color=_SHARE_COLOURS[1], label="output")
+            errors.plot(places, outputs, "D", markersize=3.5, color=SHARE_COLOURS[1], label="output")
         errors.set_ylabel("signal to quantization noise (dB)", color=INK)
         errors.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
         errors.legend(frameon=False, loc="best")
@@ -455,7 +455,7 @@ def draw_layers(title: str, layers: Sequence[LayerQuality], folder: Path) -> lis
             bottom = [0.0] * len(layers)
             for place, label in enumerate(labels):
                 shares = [100 * layer.histogram.get(label, 0.0) for layer in layers]
-                colour = _SHARE_COLOURS[place % len(_SHARE_COLOURS)]
+                colour = SHARE_COLOURS[place % len(SHARE_COLOURS)]
                 grid[1].bar(places, shares, 0.8, bottom=bottom, color=colour, label=label)
                 bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
             grid[1].set_ylabel("share (%)", color=INK)

@@ -136,7 +136,8 @@ def write_report(results: Results, folder: Path) -> Files:
     return files
 
 
-def _environment(*, html: bool) -> Any:
+def template_environment(*, html: bool) -> Any:
+    """Jinja's environment for the templates of ``flow``; ``html`` escapes what they are given."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -149,7 +150,7 @@ def _environment(*, html: bool) -> Any:
     )
 
 
-def _markdown_cell(text: object) -> str:
+def markdown_cell(text: object) -> str:
     """``text`` for a cell of a Markdown table, or a sentence: nothing in it is read as markup."""
     cleaned = " ".join(str(text).split())
     for character in ("\\", "|", "<", "*", "`", "["):
@@ -210,8 +211,8 @@ def _common(results: Results) -> dict[str, Any]:
 
 def report_text(results: Results, *, has_figure: bool) -> str:
     """The content of report.md; its first line is the command that makes it again."""
-    environment = _environment(html=False)
-    environment.filters["cell"] = _markdown_cell
+    environment = template_environment(html=False)
+    environment.filters["cell"] = markdown_cell
     text: str = environment.get_template("report.md").render(
         **_common(results), has_figure=has_figure, rows=[cells(point) for point in results.points]
     )
@@ -224,20 +225,20 @@ def page_text(results: Results) -> str:
 
     panels = [_panel(results, model, phase) for model, phase in results.panels()]
     text: str = (
-        _environment(html=True)
+        template_environment(html=True)
         .get_template("index.html")
         .render(
             **_common(results),
             rows=[_row(point) for point in results.points],
             panels=[{"model": panel["model"], "phase": panel["phase"]} for panel in panels],
-            panels_json=_script_json(panels),
+            panels_json=script_json(panels),
             library=get_plotlyjs(),
         )
     )
     return text
 
 
-def _script_json(document: Any) -> str:
+def script_json(document: Any) -> str:
     """``document`` as JSON that may stand inside a script element."""
     text = json.dumps(strict(document), ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -267,8 +268,8 @@ def _row(point: Point) -> dict[str, Any]:
 def _hover(point: Point) -> str:
     """What the page says of a point under the pointer."""
     lines = [
-        f"<b>{_escape(point.format)} · {_escape(point.accelerator)}</b>",
-        f"{_escape(point.model)}, {point.phase}",
+        f"<b>{escape(point.format)} · {escape(point.accelerator)}</b>",
+        f"{escape(point.model)}, {point.phase}",
         f"perplexity {perplexity_text(point.perplexity)}, SQNR {sqnr_text(point)} dB",
         f"latency {number(point.latency_ms)} ms ({point.latency_cycles:,} cycles)",
         f"energy {number(point.energy_uj)} µJ",
@@ -280,7 +281,7 @@ def _hover(point: Point) -> str:
     return "<br>".join(lines).replace("exact dB", "exact")
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """``text`` for Plotly's own small markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -299,7 +300,7 @@ def _panel(results: Results, model: str, phase: str) -> dict[str, Any]:
     return {"model": model, "phase": phase, "plots": [*plots, _energy_bars(bars)]}
 
 
-_FONT: Final = {"family": "system-ui, sans-serif", "size": 12, "color": figures.INK}
+FONT: Final = {"family": "system-ui, sans-serif", "size": 12, "color": figures.INK}
 
 
 def _scatter(
@@ -372,7 +373,7 @@ def _scatter(
             "hovermode": "closest",
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
-            "font": _FONT,
+            "font": FONT,
         },
     }
 
@@ -381,7 +382,7 @@ def _energy_bars(points: list[Point]) -> dict[str, Any]:
     """Energy by part, the least energy on top; points whose energy is not known have no bar."""
     known = [point for point in points if point.energy_uj is not None]
     ordered = sorted(known, key=lambda point: -(point.energy_uj or 0.0))
-    names = [f"{_escape(point.format)} · {_escape(point.accelerator)}" for point in ordered]
+    names = [f"{escape(point.format)} · {escape(point.accelerator)}" for point in ordered]
     traces = [
         {
             "type": "bar",
@@ -407,6 +408,6 @@ def _energy_bars(points: list[Point]) -> dict[str, Any]:
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
-            "font": _FONT,
+            "font": FONT,
         },
     }

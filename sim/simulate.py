@@ -169,6 +169,7 @@ class Simulation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, units in the names.
 
+        ``time_to_first_token_ms`` is there for a prefill, which yields the first token, and is its latency.
         ``busy`` and the map ``stalls`` are cycles and sum to ``cycles``; so do the parts of the map ``energy_uj`` to
         its ``total``, which is None where a part is. ``leakage`` is there where the energy set knows it.
         """
@@ -186,6 +187,7 @@ class Simulation:
             "key_value_bits": self.key_value_bits,
             "cycles": self.cycles,
             "latency_ms": self.latency_ms,
+            **({"time_to_first_token_ms": self.latency_ms} if self.phase == "prefill" else {}),
             "tokens_per_second": self.tokens_per_second,
             "energy_per_token_uj": None if self.energy.total_uj is None else self.energy.total_uj / self.tokens,
             "busy": self.busy_cycles,
