@@ -25,14 +25,19 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
-from termwise.algorithms.processing_element import PIPELINE_STAGES, PipelineTiming, UnsupportedFormatError
+from termwise.algorithms.processing_element import (
+    PIPELINE_STAGES,
+    Fp16Activations,
+    PipelineTiming,
+    UnsupportedFormatError,
+)
 
 MOST_STEPS = 100
 """Steps after which the centroids are taken as they are; the error has stopped falling long before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DictionarySpec:
+class DictionarySpec(Fp16Activations):
     """A PE that adds activations by the index of their weight and multiplies the sums by the centroids (GOBO).
 
     Activations are FP16, sums FP32; outliers are multiplied one by one (``docs/microarchitecture.md``, section 2.6).
