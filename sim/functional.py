@@ -623,12 +623,13 @@ def multiply_integers(
 def _scales_in_float64(operands: WeightOperands, rows: slice = slice(None)) -> NDArray[np.float64]:
     """Scales of groups over their fractions, float64 [rows, groups]; exact."""
     exponents = operands.scale_exponents[rows] - operands.fraction_bits[rows]
-    return np.ldexp(operands.scale_significands[rows].astype(np.float64), exponents)
+    scales: NDArray[np.float64] = np.ldexp(operands.scale_significands[rows].astype(np.float64), exponents)
+    return scales
 
 
 def _check_accumulator(weights: NDArray[np.float64], activations: NDArray[np.float64], format: Format) -> None:
     """Raises ``InputError`` where magnitudes of products of [outputs, inputs] and [tokens, inputs] sum to too much."""
     magnitudes, others = np.abs(weights), np.abs(activations)
-    if magnitudes.max() * others.max() * weights.shape[1] > LARGEST_SUM:  # else none can
-        if (others @ magnitudes.T).max() > LARGEST_SUM:
-            raise accumulator_error(format)
+    most = magnitudes.max() * others.max() * weights.shape[1]
+    if most > LARGEST_SUM and (others @ magnitudes.T).max() > LARGEST_SUM:
+        raise accumulator_error(format)

@@ -30,16 +30,19 @@ memory: energy per bit × traffic.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.processing_element import HALF_BITS
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
-from termwise.sim.accelerators import Accelerator
+from termwise.sim.accelerators import Accelerator, ArrayShape
 from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
-from termwise.sim.kernels import ACTIVATION_BYTES, TileProgram
+from termwise.sim.kernels import TileProgram
 from termwise.sim.memory import buffer_access_pj, buffer_write_pj_per_bit
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
 
@@ -184,22 +187,44 @@ def _energy_to_dict(energy: Energy) -> dict[str, float]:
     }
 
 
+def divided_array(array: ArrayShape, elements: int, name: str) -> ArrayShape:
+    """``array`` of PEs as one of square groups of ``elements`` PEs, each of which computes one product.
+
+    Raises ``InputError``, which names the accelerator ``name``, where a side is no multiple of that of a group.
+    """
+    side = math.isqrt(elements)
+    if array.rows % side or array.columns % side:
+        raise InputError(
+            f"accelerator {name!r}: an array of {array.rows} × {array.columns} PEs cannot be divided into groups of "
+            f"{side} × {side} for 8-bit products; expected sides that are multiples of {side}"
+        )
+    return ArrayShape(rows=array.rows // side, columns=array.columns // side)
+
+
 def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Format) -> Product:
-    """One product on the accelerator's array. Raises ``UnsupportedFormatError`` where the PE takes no ``weights``."""
+    """One product on the accelerator's array.
+
+    Raises ``UnsupportedFormatError`` where the PE takes no ``weights``, and ``InputError`` for an array that cannot be
+    divided into the groups of PEs that they need.
+    """
     element = accelerator.processing_element
-    array = accelerator.array(phase)
     if gemm.operand == "weight":
         cycles_per_step = element.cycles_per_step(weights)
         buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
         total_bytes = weights.packed_bytes(gemm.outputs, gemm.reduction)
         pipeline = element.pipeline(weights, gemm.reduction)
         group_inputs = weights.group_size or 0
+        elements = element.processing_elements_per_product(weights)
+        activation_bits = element.activation_bits(weights)
     else:
         cycles_per_step = element.key_value_cycles_per_step(accelerator.key_value_bits)
         buffer_bits = float(accelerator.key_value_bits)
         total_bytes = ceil_divide(gemm.outputs * gemm.reduction * accelerator.key_value_bits, 8)
         pipeline = element.key_value_pipeline(accelerator.key_value_bits)
         group_inputs = 0
+        elements = element.key_value_processing_elements_per_product(accelerator.key_value_bits)
+        activation_bits = element.key_value_activation_bits(accelerator.key_value_bits)
+    array = divided_array(accelerator.array(phase), elements, accelerator.name)
     return Product(
         tokens=gemm.tokens,
         reduction=gemm.reduction,
@@ -216,6 +241,8 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         weight_buffer_bytes=accelerator.weight_buffer_bytes,
         activation_buffer_bytes=accelerator.activation_buffer_bytes,
         burst_bytes=accelerator.dram_bytes_per_cycle,
+        activation_bits=activation_bits,
+        elements_per_product=elements,
     )
 
 
@@ -223,7 +250,7 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
     """Energy of one product (see the module's last paragraph)."""
     reads = accelerator.port_reads_per_step
     weight_port_bits = product.lanes * product.weight_buffer_bits * product.rows / reads
-    activation_port_bits = product.lanes * 8 * ACTIVATION_BYTES * product.columns / reads
+    activation_port_bits = product.lanes * product.activation_bits * product.columns / reads
     read_pj = count.weight_reads * buffer_access_pj("read", weight_port_bits)
     read_pj += count.dot_product_steps * buffer_access_pj("read", activation_port_bits)
     # Weights may take more bits in the buffer than in external memory, where a decoder stands between the two.
@@ -241,8 +268,9 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
         * buffer_write_pj_per_bit(activation_port_bits)
     )
     pe_pj_per_cycle = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
+    rows = product.rows * product.elements_per_product
     return Energy(
-        pe_uj=pe_pj_per_cycle * product.rows * product.columns * count.busy_cycles / 1e6,
+        pe_uj=pe_pj_per_cycle * rows * product.columns * count.busy_cycles / 1e6,
         sram_read_uj=reads * read_pj / 1e6,
         sram_write_uj=written_pj / 1e6,
         dram_uj=8 * count.traffic.total_bytes * accelerator.dram_pj_per_bit / 1e6,
@@ -324,7 +352,8 @@ def simulate(
         layers.append(_layer(gemm, product, program, counts[program], accelerator))
         if progress is not None:
             progress(index + 1, len(gemms))
-    array = accelerator.array(phase)
+    elements = accelerator.processing_element.processing_elements_per_product(weights)
+    array = divided_array(accelerator.array(phase), elements, accelerator.name)
     cycles = sum(layer.cycles for layer in layers)
     useful = sum(layer.pe_utilization * layer.cycles for layer in layers)
     return Simulation(
@@ -371,10 +400,10 @@ def _notes(shape: ModelShape, accelerator: Accelerator, columns: int, layers: li
     if shape.attention is None:
         notes.append(f"the attention of {shape.name} is not known and not simulated")
     elif accelerator.key_value_bits < 16:
-        notes.append(
-            f"keys and values are {accelerator.key_value_bits}-bit integers here; the perplexities of termwise keep "
-            "them in floating point"
-        )
+        bits = accelerator.key_value_bits
+        partners = accelerator.processing_element.key_value_activation_bits(bits)
+        which = "keys and values" if partners == HALF_BITS else "keys, values, queries and attention probabilities"
+        notes.append(f"{which} are {bits}-bit integers here; the perplexities of termwise keep them in floating point")
     tokens = max((layer.tokens for layer in layers if layer.operand == "weight"), default=columns)
     if tokens < columns:
         notes.append(f"{tokens} of {columns} array columns have a token to work on in the linear layers")
