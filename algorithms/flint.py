@@ -40,7 +40,10 @@ is that of the authors' script, which however begins at 95 above 6 bits."""
 
 @dataclass(frozen=True, kw_only=True)
 class FlintSpec(BitParallelSpec):
-    """A bit-parallel PE with ANT's decoder. It takes integers and flint; not special values, abfloat, or zero points."""
+    """A bit-parallel PE with ANT's decoder.
+
+    It takes integers and flint; not BitMoD's special values, abfloat, or zero points.
+    """
 
     kind: ClassVar[str] = "flint"
     name: ClassVar[str] = "flint PE (ANT)"

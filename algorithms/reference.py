@@ -194,8 +194,8 @@ _ABFLOAT = re.compile(r"abfloat\d_e\d+m(?P<significand>\d+)_b(?P<bias>\d+)")
 def shifted_integer(datatype: DataType, code: int) -> tuple[int, int]:
     """What a decoder makes of a code: (integer, exponent), which stand for integer · 2^exponent (section 2.5).
 
-    An integer is itself. Abfloat: (2^m + mantissa, exponent + bias), OliVe section 3. Flint of n bits and a sign, as ANT
-    decodes it: (low bits, 0) under a leading 0; (2 · low bits, 2 · their leading zeros) under a leading 1, or
+    An integer is itself. Abfloat: (2^m + mantissa, exponent + bias), OliVe section 3. Flint of n bits and a sign, as
+    ANT decodes it: (low bits, 0) under a leading 0; (2 · low bits, 2 · their leading zeros) under a leading 1, or
     (1, 2 (n - 1)) where all of them are 0.
 
     Raises ``InputError`` for a code that is no level, and for other data types.
