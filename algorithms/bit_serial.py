@@ -61,6 +61,12 @@ SCALE_MAX = 127
 FIXED_POINT_TERMS = 2
 """Terms of a weight that is no integer."""
 
+SUM_BITS = 63
+"""Magnitude bits of the sum of a group that is not rounded: it is a signed 64-bit number."""
+
+LARGEST_ACTIVATION = 2047 << 29
+"""The largest FP16 number, 65504, in units of 2^-24."""
+
 Numerics = Literal["paper", "exact", "shared_exponent"]
 PartialSumRounding = Literal["truncate", "nearest_even"]
 
@@ -146,7 +152,7 @@ class BitSerialSpec(Fp16Activations):
             raise InputError(f"the bit-serial PE (BitMoD) takes keys and values of up to 8 bits; got {key_value_bits}")
         return (key_value_bits + 1) // 2
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """The dequantizer takes one bit of a group's scale a cycle; then the group's value is added."""
         return _bit_serial_pipeline(scale_bits(weights))
 
@@ -157,6 +163,26 @@ class BitSerialSpec(Fp16Activations):
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""
         return weights.bits_per_weight(outputs, inputs)
+
+    def check_group(self, weights: Format, inputs: int) -> None:
+        """Raises ``InputError`` where the sum of a group of ``inputs`` weights may not fit the 64 bits of a sum.
+
+        Numerics ``exact`` and ``shared_exponent`` keep every bit of a group's sum; ``paper`` rounds it to
+        ``accumulator_bits`` and takes groups of any length.
+        """
+        if self.numerics == "paper":
+            return
+        if weights.family == "int-asym":  # code - zero point
+            numerator = (1 << weights.weight_bits) - 1
+        else:
+            numerator = max(entry.max_numerator // common_unit((entry,)) for entry in weights.datatypes)
+        activation = LARGEST_ACTIVATION if self.numerics == "exact" else 1 << self.align_bits
+        longest = ((1 << SUM_BITS) - 1) // (activation * numerator)
+        if inputs > longest:
+            raise InputError(
+                f"the bit-serial PE with numerics {self.numerics!r} adds up groups of at most {longest} weights of "
+                f"{weights.name}, whose sums fit {SUM_BITS} bits; got {inputs}"
+            )
 
 
 def _bit_serial_pipeline(bits: int) -> PipelineTiming:

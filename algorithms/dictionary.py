@@ -4,7 +4,8 @@ No primary text settles the details below; each is a parameter here or our choic
 
 * Outlier: a weight whose natural logarithm of the probability density, under the Gaussian of the matrix's mean and
   standard deviation, is below ``threshold`` (-4). The density depends on the unit of the weights; at a standard
-  deviation of 0.02 to 0.05 the rule keeps 0.02 to 0.15 % of a Gaussian's weights, near the paper's 0.1 %.
+  deviation of 0.02 the rule keeps 0.018 % of a Gaussian's weights, at 0.05 0.049 %, and the paper's 0.1 % at 0.1
+  (``expected_outlier_share``).
 * Dictionary: 8 or 16 centroids (3 or 4 bits), which begin as the means of equally populated bins of the weights that
   are no outliers. Each step gives every weight the nearest centroid (of equals the lower) and moves every centroid to
   the mean of its weights; an empty bin keeps its centroid. The steps end as soon as the sum of the absolute errors
@@ -15,6 +16,7 @@ No primary text settles the details below; each is a parameter here or our choic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +34,15 @@ from termwise.algorithms.processing_element import (
     UnsupportedFormatError,
 )
 
+KEY_VALUE_BITS = 16
+"""Width of keys and values, which are FP16."""
+
+OUTLIER_BYTES = 8
+"""Bytes of a stored outlier: a position of 32 bits and an FP32 value."""
+
+EXPECTED_DEVIATION = 0.1
+"""Standard deviation of weights that are not at hand: the one at which a Gaussian has the paper's 0.1 % of outliers."""
+
 MOST_STEPS = 100
 """Steps after which the centroids are taken as they are; the error has stopped falling long before."""
 
@@ -41,6 +52,7 @@ class DictionarySpec(Fp16Activations):
     """A PE that adds activations by the index of their weight and multiplies the sums by the centroids (GOBO).
 
     Activations are FP16, sums FP32; outliers are multiplied one by one (``docs/microarchitecture.md``, section 2.6).
+    GOBO quantizes weights alone: keys and values are FP16, and the multiplier of the outliers takes one per cycle.
     """
 
     kind: ClassVar[str] = "dictionary"
@@ -55,20 +67,76 @@ class DictionarySpec(Fp16Activations):
         return 1
 
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
-        """None: GOBO quantizes weights alone. Raises ``UnsupportedFormatError``."""
-        raise UnsupportedFormatError(f"the dictionary PE (GOBO) does not take {key_value_bits}-bit keys and values")
+        """One cycle for FP16. Raises ``InputError`` for any other width."""
+        if key_value_bits != KEY_VALUE_BITS:
+            raise InputError(f"the dictionary PE (GOBO) takes FP16 keys and values; got {key_value_bits} bits")
+        return 1
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
-        """One centroid a cycle, and the sum."""
-        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES + 1 + (1 << weights.weight_bits))
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:
+        """One centroid a cycle, then the outliers of the row that has the most, as expected, rounded up."""
+        outliers = math.ceil(expected_maximum(self.expected_outliers_per_row(weights, inputs), rows))
+        drain_cycles = PIPELINE_STAGES + 1 + self.centroids(weights) + outliers
+        return PipelineTiming(dequantization_cycles=0, drain_cycles=drain_cycles)
 
-    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:
-        """None, as ``key_value_cycles_per_step``."""
-        raise UnsupportedFormatError(f"the dictionary PE (GOBO) does not take {key_value_bits}-bit keys and values")
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
+        """Nothing is scaled: the pipeline alone."""
+        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
         """Indices are buffered as they are packed."""
         return float(weights.weight_bits)
+
+    def centroids(self, weights: Format) -> int:
+        """Centroids of a matrix: the cycles, at the end of a row, in which sums are multiplied by them.
+
+        Raises ``UnsupportedFormatError`` for any format but GOBO's.
+        """
+        self.cycles_per_step(weights)
+        return 1 << weights.weight_bits
+
+    def expected_outliers_per_row(
+        self, weights: Format, inputs: int, *, deviation: float = EXPECTED_DEVIATION
+    ) -> float:
+        """Outliers that a row of ``inputs`` weights is expected to have where the weights are not at hand.
+
+        They are taken to be Gaussian with the standard ``deviation``; see ``expected_outlier_share``. Raises
+        ``UnsupportedFormatError`` for any format but GOBO's.
+        """
+        self.cycles_per_step(weights)
+        return inputs * expected_outlier_share(float(weights.option("threshold")), deviation)
+
+
+def expected_outlier_share(threshold: float, deviation: float) -> float:
+    """Share of Gaussian weights of a standard ``deviation`` that are outliers: 0 to 1.
+
+    >>> round(1e5 * expected_outlier_share(-4, 0.05))
+    49
+    """
+    square = -2 * (threshold + math.log(deviation * math.sqrt(2 * math.pi)))
+    return 1.0 if square < 0 else math.erfc(math.sqrt(square / 2))
+
+
+def expected_maximum(mean: float, rows: int) -> float:
+    """Expected largest of ``rows`` independent Poisson numbers of ``mean``: the sum over n of P(some row has above n).
+
+    >>> round(expected_maximum(4, 1), 6), round(expected_maximum(4, 32), 2)
+    (4.0, 8.65)
+    """
+    if mean == 0:
+        return 0.0
+    total = cumulative = 0.0
+    for count in range(math.ceil(mean + 12 * math.sqrt(mean)) + 40):  # beyond, not even 2^64 rows reach
+        cumulative += math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        total += 1 - min(cumulative, 1.0) ** rows
+    return total
+
+
+def expected_packed_bytes(format: Format, outputs: int, inputs: int, *, deviation: float = EXPECTED_DEVIATION) -> int:
+    """Bytes of a packed ``outputs`` × ``inputs`` matrix of Gaussian weights, with its expected outliers, rounded up."""
+    outliers = math.ceil(outputs * inputs * expected_outlier_share(float(format.option("threshold")), deviation))
+    parts = format.layout(outputs, inputs)
+    fixed = sum(part.bytes for name, part in parts.items() if not name.startswith("outlier"))
+    return fixed + OUTLIER_BYTES * outliers
 
 
 def gaussian_limits(weights: Weights, threshold: float) -> tuple[float, float]:

@@ -39,7 +39,7 @@ class Fp16MacSpec(Fp16Activations):
         """One cycle."""
         return 1
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """Nothing is scaled: the pipeline alone."""
         return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
 

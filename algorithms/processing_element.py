@@ -167,7 +167,7 @@ class BitParallelSpec:
             raise InputError(f"the {self.kind} PE takes keys and values of up to 8 bits; got {key_value_bits}")
         return 1
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:  # noqa: ARG002
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """A group's sum is scaled in one cycle and added in the next."""
         return BIT_PARALLEL_PIPELINE
 
@@ -199,8 +199,11 @@ class ProcessingElementSpec(Protocol):
     def key_value_cycles_per_step(self, key_value_bits: int) -> int:
         """The same for keys and values, held as ``key_value_bits``-bit integers (8) or FP16 (16)."""
 
-    def pipeline(self, weights: Format, inputs: int) -> PipelineTiming:
-        """Pipeline for rows of ``inputs`` weights in a format that ``cycles_per_step`` takes."""
+    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:
+        """Pipeline for ``rows`` rows of ``inputs`` weights, which work together, in a format that it takes.
+
+        What depends on the weights is what is expected of them.
+        """
 
     def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:
         """The same for keys and values, which have an FP16 scale each where they are integers."""

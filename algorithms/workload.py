@@ -25,6 +25,7 @@ the sizes of one product and count its cycles and bytes; repeats and sums over p
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -172,12 +173,19 @@ def workload(
 
 def _alike(shape: ModelShape) -> dict[tuple[str, LinearShape, bool], int]:
     """How many linear layers differ only in the numbers in their names; names with ``*`` in the place of numbers."""
-    counts: dict[tuple[str, LinearShape, bool], int] = {}
+    alike: dict[tuple[str, int, int, int, int, bool], list[LinearShape]] = {}
     for linear in shape.linears:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", linear.name)
-        key = (name, replace(linear, name=name), linear.name == shape.head)
-        counts[key] = counts.get(key, 0) + 1
-    return counts
+        sizes = linear.outputs, linear.inputs, linear.experts, linear.experts_per_token
+        alike.setdefault((_pattern(linear.name), *sizes, linear.name == shape.head), []).append(linear)
+    return {
+        (name, replace(layers[0], name=name), is_head): len(layers) for (name, *_, is_head), layers in alike.items()
+    }
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _pattern(name: str) -> str:
+    """A layer's name with ``*`` in the place of numbers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _routed(linear: LinearShape, tokens: int, count: int, rule: Experts) -> list[tuple[int, int]]:

@@ -68,6 +68,7 @@ def measured(number: int, repeats: int) -> dict[str, object]:
     from termwise.algorithms.shapes import known_shape
     from termwise.algorithms.workload import PHASES
     from termwise.sim.accelerators import ArrayShape, get_accelerator
+    from termwise.sim.dram import Dram
     from termwise.sim.published import PUBLISHED_MODELS, PUBLISHED_STATES, simulate_published
     from termwise.sim.published_sweep import configurations_of, evaluate_published
 
@@ -84,8 +85,11 @@ def measured(number: int, repeats: int) -> dict[str, object]:
             port_reads_per_step=int(generator.integers(1, 3)),
             weight_buffer_bytes=1024 * int(generator.integers(64, 2049)),
             activation_buffer_bytes=1024 * int(generator.integers(64, 2049)),
-            dram_bytes_per_cycle=int(generator.integers(8, 129)),
-            dram_pj_per_bit=float(generator.uniform(4, 25)),
+            memory=Dram(
+                name="ideal",
+                ideal_bytes_per_cycle=int(generator.integers(8, 129)),
+                energy_pj_per_bit=float(generator.uniform(4, 25)),
+            ),
             pe_energy_pj_per_cycle=float(generator.uniform(0.2, 1)),
         )
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from termwise.algorithms.models import Model
     from termwise.flow.quality import Calibration
     from termwise.flow.sweep import Progress
+    from termwise.sim.accelerators import Accelerator
 
 INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
@@ -206,6 +207,89 @@ def formats(*, as_json: bool) -> None:
             for name, entry in named
         ],
         left=(0, 4, 5),
+    )
+
+
+@main.command()
+@click.option("--show", "shown", metavar="ACCELERATOR", help="The TOML file of one, a start for a machine of your own.")
+@_json_option
+def accelerators(*, shown: str | None, as_json: bool) -> None:
+    """List every accelerator that comes with termwise: arrays, PEs, buffers, memory, sources."""
+    from termwise.sim.accelerators import accelerator_names, get_accelerator
+    from termwise.sim.machine_file import to_toml
+
+    machines = [get_accelerator(name) for name in (accelerator_names() if shown is None else (shown,))]
+    if as_json:
+        console.print_json({"accelerators": [_machine_document(machine) for machine in machines]})
+        return
+    if shown is not None:
+        click.echo(to_toml(machines[0]), nl=False)
+        return
+    console.print_table(
+        "Accelerators (each also with another array: NAME@ROWSxCOLUMNS, NAME@iso-pe, NAME@iso-area)",
+        (
+            "name",
+            "PE",
+            "lanes",
+            "prefill array",
+            "decode array",
+            "PEs",
+            "PE area (µm²)",
+            "PEs (mm²)",
+            "buffers (KiB)",
+            "memory",
+            "MHz",
+            "KV bits",
+            "formats",
+        ),
+        [_machine_cells(machine) for machine in machines],
+        left=(0, 1, 9, 12),
+    )
+    by_sources: dict[tuple[str, ...], list[str]] = {}
+    for machine in machines:
+        by_sources.setdefault(machine.sources, []).append(machine.name)
+    for sources, names in by_sources.items():
+        console.print_text(f"sources of {', '.join(names)}:")
+        for source in sources:
+            console.print_text(f"  {source}")
+
+
+def _machine_document(machine: Accelerator) -> dict[str, Any]:
+    """All fields of a machine, and what follows from them."""
+    from termwise.algorithms.workload import PHASES
+    from termwise.sim.energy import energies_of
+
+    areas = {phase: machine.array_area_um2(phase) for phase in PHASES}
+    return {
+        **machine.to_dict(),
+        "energy_set": energies_of(machine).name,
+        "processing_elements": {phase: machine.array(phase).processing_elements for phase in PHASES},
+        "array_area_mm2": {phase: None if area is None else area / 1e6 for phase, area in areas.items()},
+        "digest": machine.digest(),
+    }
+
+
+def _machine_cells(machine: Accelerator) -> tuple[str, ...]:
+    """One row of the table of accelerators; the area is that of the prefill array."""
+    from termwise.algorithms.workload import PHASES
+
+    area = machine.array_area_um2("prefill")
+    memory = machine.memory
+    wide = "" if memory.ideal_bytes_per_cycle is None else f" ({memory.ideal_bytes_per_cycle} bytes a cycle)"
+    arrays = [machine.array(phase) for phase in PHASES]
+    return (
+        machine.name,
+        machine.processing_element.kind,
+        str(machine.processing_element.lanes),
+        *(f"{array.rows} × {array.columns}" for array in arrays),
+        " / ".join(dict.fromkeys(str(array.processing_elements) for array in arrays)),
+        console.number(machine.pe_area_um2, 5),
+        console.number(None if area is None else area / 1e6),
+        f"{machine.weight_buffer_bytes / 1024:g} + {machine.activation_buffer_bytes / 1024:g}",
+        f"{memory.name}{wide}",
+        str(machine.clock_mhz),
+        str(machine.key_value_bits),
+        ", ".join(dict.fromkeys((machine.prefill_format, machine.decode_format))),
     )
 
 
@@ -654,7 +738,7 @@ def _calibration(
     "accelerator_name",
     required=True,
     metavar="ACCELERATOR",
-    help="For example bitmod-lossy or olive@32x32.",
+    help="As termwise accelerators lists them, for example bitmod-lossy or olive@32x32, or a TOML file of your own.",
 )
 @click.option("--format", "format_name", metavar="FORMAT", help="Of the weights.  [default: the accelerator's own]")
 @click.option("--phase", default="prefill", show_default=True, metavar="PHASE", help="prefill or decode.")
@@ -790,19 +874,29 @@ def _print_simulation(document: dict[str, Any]) -> None:
             f"{console.number(document['energy_per_token_uj'])} µJ per token"
         )
     titles = {
+        "scale": "waiting for the scaling of a group",
         "weights": "waiting for weights",
         "activations": "waiting for activations",
-        "drain": "fill and drain",
+        "drain": "draining",
+        "write_back": "waiting for write-backs",
         "dram": "waiting for DRAM",
     }
-    causes = {"compute": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
+    causes = {"busy": document["busy"], **{titles[name]: count for name, count in document["stalls"].items()}}
     shares = ", ".join(f"{name} {count:,} ({100 * count / max(cycles, 1):.1f} %)" for name, count in causes.items())
     console.print_text(f"cycles by cause: {shares}")
     energy = document["energy_uj"]["total"]
-    parts = [("PEs", "pe"), ("buffer reads", "sram_read"), ("buffer writes", "sram_write"), ("DRAM", "dram")]
-    split = (
-        ", ".join(f"{name} {100 * document['energy_uj'][key] / energy:.1f} %" for name, key in parts) if energy else "–"
-    )
+    parts = [
+        ("PEs", "pe"),
+        ("buffer reads", "sram_read"),
+        ("buffer writes", "sram_write"),
+        ("buffer leakage", "leakage"),
+        ("DRAM", "dram"),
+    ]
+    charged = [(name, document["energy_uj"][key]) for name, key in parts if key in document["energy_uj"]]
+    if energy:
+        split = ", ".join(f"{name} {100 * part / energy:.1f} %" for name, part in charged)
+    else:
+        split = ", ".join(f"{name} {console.number(part)} µJ" for name, part in charged)
     console.print_text(f"energy: {console.number(energy)} µJ: {split}")
     console.print_text(f"DRAM traffic: {document['traffic_bytes']:,} bytes")
     for note in document["notes"]:

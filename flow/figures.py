@@ -135,14 +135,15 @@ def is_logarithmic(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM_RATIO
 
 
+def with_value(points: Sequence[Point], axis: Axis) -> list[Point]:
+    """The points that have a value of this quantity: an energy that is not known is drawn nowhere."""
+    return [point for point in points if axis.value(point) is not None]
+
+
 def drawn_points(results: Results, model: str, phase: str) -> list[Point]:
     """The points of a panel that have a value on its vertical axis."""
-    axis = accuracy_axis(results, model)
-    return [
-        point
-        for point in results.points
-        if (point.model, point.phase) == (model, phase) and axis.value(point) is not None
-    ]
+    of_panel = [point for point in results.points if (point.model, point.phase) == (model, phase)]
+    return with_value(of_panel, accuracy_axis(results, model))
 
 
 def front_line(points: Sequence[Point], horizontal: Axis, vertical: Axis) -> list[Point]:
@@ -381,7 +382,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             points = drawn_points(results, model, phase)
             vertical = accuracy_axis(results, model)
             for axes, horizontal in zip(row, (LATENCY, ENERGY), strict=True):
-                _draw_panel(axes, points, horizontal, vertical, colours, markers)
+                _draw_panel(axes, with_value(points, horizontal), horizontal, vertical, colours, markers)
                 axes.set_title(f"{model} · {phase}", loc="left", fontsize=10, color=INK, fontweight="bold")
                 axes.set_xlabel(horizontal.title, fontsize=9, color=INK)
                 axes.set_ylabel(vertical.title, fontsize=9, color=INK)
@@ -392,7 +393,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
             points = drawn_points(results, model, phase)
             vertical = accuracy_axis(results, model)
             for axes, horizontal in zip(row, (LATENCY, ENERGY), strict=True):
-                places = [(horizontal.value(point) or 0.0, vertical.value(point) or 0.0) for point in points]
+                places = [
+                    (horizontal.value(point) or 0.0, vertical.value(point) or 0.0)
+                    for point in with_value(points, horizontal)
+                ]
                 labels = [
                     (
                         horizontal.value(point) or 0.0,

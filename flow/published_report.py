@@ -23,7 +23,7 @@ from termwise.algorithms.shapes import known_shape
 from termwise.algorithms.workload import PHASES, Phase
 from termwise.flow.figures import GRID, INK, MUTED, STYLE, save
 from termwise.flow.records import to_json
-from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.accelerators import get_accelerator, published_accelerator_names
 from termwise.sim.explain import REASONS, explain
 from termwise.sim.published import PUBLISHED_MODELS, PUBLISHED_STATES
 from termwise.sim.published_figures import (
@@ -52,7 +52,7 @@ def compare() -> list[dict[str, Any]]:
     """One document per state, phase, model and accelerator: the explanation, and the authors' figure (or None)."""
     points = []
     for state, phase, model, accelerator in product(
-        PUBLISHED_STATES.values(), PHASES, PUBLISHED_MODELS, accelerator_names()
+        PUBLISHED_STATES.values(), PHASES, PUBLISHED_MODELS, published_accelerator_names()
     ):
         explanation = explain(known_shape(model), get_accelerator(accelerator), phase=phase, state=state)
         figure = PUBLISHED_FIGURES[state.name][accelerator, phase].get(model)
@@ -426,7 +426,7 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = accelerator_names()
+    names = published_accelerator_names()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.4, 6.4), dpi=150, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)

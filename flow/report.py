@@ -95,7 +95,7 @@ def cells(point: Point) -> tuple[str, ...]:
         point.phase,
         point.format,
         point.accelerator,
-        f"{point.bits_per_weight:.3f}",
+        "–" if point.bits_per_weight is None else f"{point.bits_per_weight:.3f}",
         perplexity_text(point.perplexity),
         sqnr_text(point),
         number(point.latency_ms),
@@ -272,8 +272,9 @@ def _hover(point: Point) -> str:
         f"perplexity {perplexity_text(point.perplexity)}, SQNR {sqnr_text(point)} dB",
         f"latency {number(point.latency_ms)} ms ({point.latency_cycles:,} cycles)",
         f"energy {number(point.energy_uj)} µJ",
-        f"{point.bits_per_weight:.3f} bits per weight",
     ]
+    if point.bits_per_weight is not None:
+        lines.append(f"{point.bits_per_weight:.3f} bits per weight")
     if point.pareto:
         lines.append("not dominated in accuracy, latency and energy")
     return "<br>".join(lines).replace("exact dB", "exact")
@@ -290,7 +291,10 @@ def _panel(results: Results, model: str, phase: str) -> dict[str, Any]:
     vertical = figures.accuracy_axis(results, model)
     colours = figures.format_colours(list(dict.fromkeys(point.format for point in results.points)))
     markers = figures.accelerator_markers(list(dict.fromkeys(point.accelerator for point in results.points)))
-    plots = [_scatter(points, axis, vertical, colours, markers) for axis in (figures.LATENCY, figures.ENERGY)]
+    plots = [
+        _scatter(figures.with_value(points, axis), axis, vertical, colours, markers)
+        for axis in (figures.LATENCY, figures.ENERGY)
+    ]
     bars = [point for point in results.points if (point.model, point.phase) == (model, phase)]
     return {"model": model, "phase": phase, "plots": [*plots, _energy_bars(bars)]}
 
@@ -374,8 +378,9 @@ def _scatter(
 
 
 def _energy_bars(points: list[Point]) -> dict[str, Any]:
-    """Energy by part, the least energy on top."""
-    ordered = sorted(points, key=lambda point: -point.energy_uj)
+    """Energy by part, the least energy on top; points whose energy is not known have no bar."""
+    known = [point for point in points if point.energy_uj is not None]
+    ordered = sorted(known, key=lambda point: -(point.energy_uj or 0.0))
     names = [f"{_escape(point.format)} · {_escape(point.accelerator)}" for point in ordered]
     traces = [
         {

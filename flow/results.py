@@ -21,7 +21,7 @@ RUN_VERSION: Final = 1
 """Raised when the content of ``run.json`` changes its meaning."""
 
 ENERGY_PARTS: Final = ("pe_energy_uj", "sram_energy_uj", "dram_energy_uj")
-"""The parts that a point's energy is the sum of, as the simulator names them."""
+"""The parts that a point's energy is the sum of; leakage of the buffers, where it is known, counts as theirs."""
 
 AccuracyMeasure = Literal["perplexity", "sqnr_db"]
 
@@ -111,8 +111,10 @@ class Point:
         perplexity_reason: why there is none; None where there is one.
         sqnr_db: signal to quantization noise of all weights; None where the format is exact or there are no weights.
         mean_squared_error: of all weights; None where there are no weights.
-        bits_per_weight: counted from the packed bytes of all layers.
-        latency_cycles, latency_ms, energy_uj: of the phase, for the whole batch.
+        bits_per_weight: counted from the packed bytes of all layers; None where these depend on weights that are not
+            there.
+        latency_cycles, latency_ms, energy_uj: of the phase, for the whole batch; the energy is None where the energy of
+            an event is not known, and a note says of which.
         energy_split_uj: the energy by part, see ``ENERGY_PARTS``.
         traffic_bytes: to and from DRAM.
         notes: what the simulator says of this point in particular.
@@ -130,11 +132,11 @@ class Point:
     perplexity_reason: str | None
     sqnr_db: float | None
     mean_squared_error: float | None
-    bits_per_weight: float
+    bits_per_weight: float | None
     latency_cycles: int
     latency_ms: float
-    energy_uj: float
-    energy_split_uj: Mapping[str, float]
+    energy_uj: float | None
+    energy_split_uj: Mapping[str, float | None]
     traffic_bytes: int | None
     digest: str
     notes: tuple[str, ...] = ()
@@ -204,7 +206,9 @@ def with_fronts(points: Sequence[Point]) -> tuple[Point, ...]:
         places = [place for place, point in enumerate(points) if (point.model, point.phase) == (model, phase)]
         measure = accuracy_measure([point for point in points if point.model == model])
 
-        def costs(place: int, *performance: float, measure: AccuracyMeasure | None = measure) -> list[float | None]:
+        def costs(
+            place: int, *performance: float | None, measure: AccuracyMeasure | None = measure
+        ) -> list[float | None]:
             if measure is None:
                 return [*performance]
             point = points[place]
@@ -221,10 +225,11 @@ def with_fronts(points: Sequence[Point]) -> tuple[Point, ...]:
 def _point(planned: PlannedPoint, outputs: Mapping[str, Any]) -> Point:
     """The computed point of a finished record."""
     energy = outputs["energy_uj"]
+    buffers = [energy["sram_read"], energy["sram_write"], energy.get("leakage", 0.0)]
     split = {
-        "pe_energy_uj": float(energy["pe"]),
-        "sram_energy_uj": float(energy["sram_read"] + energy["sram_write"]),
-        "dram_energy_uj": float(energy["dram"]),
+        "pe_energy_uj": energy["pe"],
+        "sram_energy_uj": None if None in buffers else sum(buffers),
+        "dram_energy_uj": energy["dram"],
     }
     return Point(
         model=planned.model,

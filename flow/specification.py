@@ -43,7 +43,9 @@ class Specification(BaseModel):
         alias="model", description="a model (a directory, a Hugging Face id, tiny or a known shape) or a list of models"
     )
     formats: _Names = Field(description="a list of format names with at least one entry")
-    accelerators: _Names = Field(description="a list of accelerator names with at least one entry")
+    accelerators: _Names = Field(
+        description="a list of accelerators (names or files of machines) with at least one entry"
+    )
     phases: _Names = Field(default=PHASES, description="a list with prefill, decode or both")
     context: int = Field(default=256, ge=1, description="a whole number of tokens, at least 1")
     batch: int = Field(default=1, ge=1, description="a whole number of sequences, at least 1")
@@ -105,6 +107,18 @@ def _check_names(path: Path, specification: Specification) -> Specification:
     from termwise.algorithms.formats import get_format
     from termwise.sim.accelerators import get_accelerator
 
+    machines: dict[str, tuple[str, str]] = {}
+
+    def accelerator(reference: str) -> str:
+        """The first reference, a name or a path, to the same machine. Raises where another one has its name."""
+        machine = get_accelerator(reference)
+        first, digest = machines.setdefault(machine.name, (reference, machine.digest()))
+        if digest != machine.digest():
+            raise InputError(
+                f"{first} and {reference} are two machines called {machine.name!r}; expected a name of its own for each"
+            )
+        return first
+
     def resolved(key: str, names: tuple[str, ...], resolve: Any) -> tuple[str, ...]:
         try:
             return tuple(dict.fromkeys(resolve(name) for name in names))
@@ -120,9 +134,7 @@ def _check_names(path: Path, specification: Specification) -> Specification:
         update={
             "models": tuple(dict.fromkeys(specification.models)),
             "formats": resolved("formats", specification.formats, lambda name: get_format(name).name),
-            "accelerators": resolved(
-                "accelerators", specification.accelerators, lambda name: get_accelerator(name).name
-            ),
+            "accelerators": resolved("accelerators", specification.accelerators, accelerator),
             "phases": resolved("phases", specification.phases, phase),
         }
     )

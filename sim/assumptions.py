@@ -98,7 +98,7 @@ def vector_unit_table() -> str:
             cells.append(f"{prefill.vector_elements / (prefill.multiplications / peak):.1f}")
         for context in CONTEXTS:
             decode = phase_work(known_shape(model), phase="decode", context=context)
-            cycles = touched_weight_bytes(decode) / accelerator.dram_bytes_per_cycle
+            cycles = touched_weight_bytes(decode) / accelerator.ideal_bytes_per_cycle
             cells.append(f"{decode.vector_elements / cycles:.2f}")
         return [model, *cells]
 

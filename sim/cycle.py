@@ -95,6 +95,11 @@ class CycleCount:
     traffic: Traffic
     memory: DramCounts | None = None
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that external memory moved: those asked for, or whole bursts."""
+        return self.traffic.total_bytes if self.memory is None else self.memory.read_bytes + self.memory.written_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValueTiming:

@@ -159,7 +159,9 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
 
     activation_base = after(0, program.weight_total_bytes)
     partial_sum_base = after(activation_base, program.tokens * row_bytes)
-    output_base = after(partial_sum_base, program.tokens * program.outputs * PARTIAL_SUM_BYTES)
+    column_tiles = ceil_divide(program.tokens, tile_columns)
+    tile_bytes = program.rows * tile_columns * PARTIAL_SUM_BYTES
+    output_base = after(partial_sum_base, ceil_divide(program.outputs, program.rows) * column_tiles * tile_bytes)
 
     weights = _Buffer(program.weight_allocation)
     activations = _Buffer(program.activation_allocation)
@@ -219,14 +221,12 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
             for half in step.halves:
                 half.uses_left += 1
             steps.append(step)
-
-        def pieces(base: int, size: int, first_output: int, outputs: int, tokens: range) -> list[_Piece]:
-            begin, end = first_output * size, (first_output + outputs) * size
-            return _rows_of(base, program.outputs * size, tokens, begin, end)
-
-        where = first_output, outputs, tokens
-        partial_pieces = pieces(partial_sum_base, PARTIAL_SUM_BYTES, *where)
-        steps[-1].leaving = pieces(output_base, OUTPUT_BYTES, *where) if pass_index == last_pass else partial_pieces
+        partial_sum_address = partial_sum_base + (row_tile * column_tiles + column_tile) * tile_bytes
+        partial_pieces = [_Piece(partial_sum_address, outputs * len(tokens) * PARTIAL_SUM_BYTES)]
+        steps[-1].leaving = partial_pieces
+        if pass_index == last_pass:
+            begin, end = first_output * OUTPUT_BYTES, (first_output + outputs) * OUTPUT_BYTES
+            steps[-1].leaving = _rows_of(output_base, program.outputs * OUTPUT_BYTES, tokens, begin, end)
         steps[-1].drain_cycles = program.drain_cycles if values is None else int(values.drain_cycles[row_tile])
         # The register that partial sums return to is double-buffered like everything else.
         partial_request, _ = partial_sums.load("outputs", tile, 0, partial_pieces)

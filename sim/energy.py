@@ -1,20 +1,23 @@
 """Energy per event, as sets: every constant of one set has a technology and a source.
 
 An event that a set does not know is None, never 0: a simulation that meets it has no energy, and says which event it
-was. A constant that stands elsewhere is taken from there and not restated: the energies of PEs and of external memory
-from ``termwise.sim.accelerators``, the table of the buffers from ``termwise.sim.memory``, their model from
-``termwise.sim.sram``.
+was. A constant that stands elsewhere is taken from there and not restated: the energies of PEs from
+``termwise.sim.accelerators``, that of external memory from ``termwise.sim.dram``, the table of the buffers from
+``termwise.sim.memory``, their model from ``termwise.sim.sram``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from termwise.algorithms.errors import InputError, unknown_name
-from termwise.sim.accelerators import accelerator_names, get_accelerator
-from termwise.sim.memory import buffer_access_pj
+from termwise.sim.accelerators import Accelerator, get_accelerator, published_accelerator_names
+from termwise.sim.dram import get_dram
+from termwise.sim.memory import buffer_access_pj, buffer_write_pj_per_bit
 from termwise.sim.sram import SramModel
 
 TABLE_CAPACITY_BYTES, TABLE_BANKS = 512 * 1024, 8
@@ -68,24 +71,32 @@ class EnergySet:
         return dict(self.pe_cycle_pj).get(system)
 
     def sram_access_pj(
-        self, access: Literal["read", "write"], *, capacity_bytes: int, word_bits: int, banks: int
+        self, access: Literal["read", "write"], *, capacity_bytes: int, word_bits: float, banks: int
     ) -> float | None:
         """Energy of one access of the full width of a buffer's port, or None where the set does not know the buffer.
 
-        Raises ``InputError`` for a buffer that the model of the set has no points for.
+        The width is a mean where a step's weights take no whole number of bits; the model rounds it up. Raises
+        ``InputError`` for a buffer that the model of the set has no points for.
         """
         if self.sram == "table" and (capacity_bytes, banks) == (TABLE_CAPACITY_BYTES, TABLE_BANKS):
             return buffer_access_pj(access, word_bits)
         if self.sram == "model":
-            model = SramModel(capacity_bytes=capacity_bytes, word_bits=word_bits, banks=banks)
+            model = SramModel(capacity_bytes=capacity_bytes, word_bits=math.ceil(word_bits), banks=banks)
             return model.read_pj if access == "read" else model.write_pj
         return None
 
-    def sram_leakage_mw(self, *, capacity_bytes: int, word_bits: int, banks: int) -> float | None:
-        """Standing power of a buffer, or None where the set does not know it."""
+    def sram_write_pj_per_bit(self, *, capacity_bytes: int, word_bits: float, banks: int) -> float | None:
+        """Energy of writing one bit of a buffer through its port, or None; as ``sram_access_pj``."""
+        if self.sram == "table" and (capacity_bytes, banks) == (TABLE_CAPACITY_BYTES, TABLE_BANKS):
+            return buffer_write_pj_per_bit(word_bits)
+        energy = self.sram_access_pj("write", capacity_bytes=capacity_bytes, word_bits=word_bits, banks=banks)
+        return None if energy is None else energy / math.ceil(word_bits)
+
+    def sram_leakage_mw(self, *, capacity_bytes: int, word_bits: float, banks: int) -> float | None:
+        """Standing power of a buffer, or None where the set does not know it. Raises as ``sram_access_pj``."""
         if self.sram != "model":
             return None
-        return SramModel(capacity_bytes=capacity_bytes, word_bits=word_bits, banks=banks).leakage_mw
+        return SramModel(capacity_bytes=capacity_bytes, word_bits=math.ceil(word_bits), banks=banks).leakage_mw
 
 
 _PE_SOURCE = (
@@ -96,8 +107,8 @@ _DRAM_SOURCE = "External memory: 1200 pJ for 64 bits, BitMoD, section V-A."
 
 
 def _pe_cycle_pj() -> tuple[tuple[str, float], ...]:
-    accelerators = [get_accelerator(name) for name in accelerator_names()]
-    return tuple((entry.system, entry.pe_energy_pj_per_cycle * entry.place_and_route_factor) for entry in accelerators)
+    energies = {name: get_accelerator(name).placed_pe_pj_per_cycle for name in published_accelerator_names()}
+    return tuple((name, energy) for name, energy in energies.items() if energy is not None)
 
 
 def _bitmod_2024() -> EnergySet:
@@ -106,7 +117,7 @@ def _bitmod_2024() -> EnergySet:
         technology="28 nm; buffers itrs-hp transistors at 360 K",
         pe_cycle_pj=_pe_cycle_pj(),
         sram="table",
-        dram_pj_per_bit=get_accelerator("fp16").dram_pj_per_bit,
+        dram_pj_per_bit=get_dram("ideal").energy_pj_per_bit,
         sources=(
             _PE_SOURCE,
             "Buffers: CACTI 7, 512 KiB in 8 banks, by port width (termwise.sim.memory).",
@@ -121,7 +132,7 @@ def _bitmod_2024_any_buffer() -> EnergySet:
         technology="28 nm; buffers itrs-hp transistors at 360 K",
         pe_cycle_pj=_pe_cycle_pj(),
         sram="model",
-        dram_pj_per_bit=get_accelerator("fp16").dram_pj_per_bit,
+        dram_pj_per_bit=get_dram("ideal").energy_pj_per_bit,
         sources=(
             _PE_SOURCE,
             "Buffers: fitted to CACTI 7 in the configuration of bitmod-2024, any size, with leakage "
@@ -152,3 +163,26 @@ def get_energy_set(name: str) -> EnergySet:
     if make is None:
         raise unknown_name("energy set", name, energy_set_names())
     return make()
+
+
+def default_energy_set(accelerator: Accelerator) -> str:
+    """``bitmod-2024`` where both buffers are the published ones, which its table knows; else the set with a model."""
+    buffers = {
+        (accelerator.weight_buffer_bytes, accelerator.weight_buffer_banks),
+        (accelerator.activation_buffer_bytes, accelerator.activation_buffer_banks),
+    }
+    return "bitmod-2024" if buffers == {(TABLE_CAPACITY_BYTES, TABLE_BANKS)} else "bitmod-2024-any-buffer"
+
+
+def energies_of(accelerator: Accelerator) -> EnergySet:
+    """The energies of a machine: those of its set, with the figures that the machine itself states in their place.
+
+    These are the energy of its PE, which no set knows of a PE of the user's, and that of its external memory.
+    """
+    energies = get_energy_set(accelerator.energy_set or default_energy_set(accelerator))
+    own = accelerator.placed_pe_pj_per_cycle
+    return dataclasses.replace(
+        energies,
+        pe_cycle_pj=() if own is None else ((accelerator.system, own),),
+        dram_pj_per_bit=accelerator.memory.energy_pj_per_bit,
+    )

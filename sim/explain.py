@@ -27,6 +27,7 @@ from termwise.algorithms.shapes import ModelShape, known_shape
 from termwise.algorithms.workload import Gemm, Phase, check_count, check_phase, workload
 from termwise.sim.accelerators import Accelerator, get_accelerator
 from termwise.sim.cycle import run_tile_program
+from termwise.sim.dram import Dram, get_dram
 from termwise.sim.kernels import OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
@@ -89,7 +90,7 @@ class Explanation:
     published_cycles: int
     cycles: int
     published_energy_uj: float
-    energy_uj: float
+    energy_uj: float | None
     reasons: dict[str, int]
     published_classes: dict[str, Cost]
     cycle_classes: dict[str, Cost]
@@ -269,6 +270,34 @@ def explain(
         published_classes=published,
         cycle_classes=with_pipeline,
     )
+
+
+def paged_memory(accelerator: Accelerator) -> Dram:
+    """DDR4 with the times of a DDR4-3200 device in nanoseconds, and the peak bandwidth of the accelerator's channel.
+
+    So that nothing but rows, banks, turnarounds and refresh is different from ideal memory. 32 bytes in a cycle of 1 ns
+    are 4000 million transfers of 8 bytes.
+    """
+    device = get_dram("ddr4-3200")
+    megatransfers = accelerator.ideal_bytes_per_cycle * accelerator.clock_mhz // device.bytes_per_transfer
+    return replace(device, name="ddr4-3200 timings at the peak of the channel", megatransfers_per_second=megatransfers)
+
+
+def paged_cycles(
+    shape: ModelShape, accelerator: Accelerator, *, phase: Phase, weights: Format | None = None, context: int = 256
+) -> int:
+    """Cycles of a prefill or of one decoded token with ``paged_memory`` in the place of ideal memory.
+
+    Raises ``InputError`` as ``termwise.sim.simulate.simulate`` does.
+    """
+    if weights is None:
+        weights = get_format(accelerator.default_format(phase))
+    memory = paged_memory(accelerator).timing(accelerator.clock_mhz)
+    total = 0
+    for gemm in workload(shape, phase=phase, context=context, batch=1):
+        program = plan_product(product_of(gemm, accelerator, phase, weights))
+        total += gemm.repeats * run_tile_program(program._replace(burst_bytes=0), memory=memory).cycles
+    return total
 
 
 def batch_table() -> str:

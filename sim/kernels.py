@@ -611,6 +611,15 @@ def _serve_pieces(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def _partial_sum_place(program: TileProgram, first_output: int, first_token: int) -> int:
+    """Where the partial sums of a tile begin: one full tile after the other, those of the same outputs together."""
+    tile_columns = program.columns * program.token_groups
+    column_tiles = -(-program.tokens // tile_columns)
+    tile = first_output // program.rows * column_tiles + first_token // tile_columns
+    return int(tile * program.rows * tile_columns * PARTIAL_SUM_BYTES)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _serve_load(
     program: TileProgram,
     steps: int,
@@ -633,10 +642,8 @@ def _serve_load(
         size = activation_bytes(program, end_input) - begin
         return int(_serve_pieces(memory, state, base, row_bytes, first_token, tokens, begin, size, READ, now))
     base += _region(program.tokens * row_bytes)
-    row_bytes = program.outputs * PARTIAL_SUM_BYTES
-    begin = first_output * PARTIAL_SUM_BYTES
-    size = outputs * PARTIAL_SUM_BYTES
-    return int(_serve_pieces(memory, state, base, row_bytes, first_token, tokens, begin, size, READ, now))
+    address = base + _partial_sum_place(program, first_output, first_token)
+    return int(serve_request(memory, state, address, outputs * tokens * PARTIAL_SUM_BYTES, READ, now))
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -651,10 +658,12 @@ def _serve_write_back(
     """The cycle at whose beginning a tile has been written to a memory with pages: partial sums or outputs."""
     first_output, outputs, first_token, tokens = tile
     base = _region(program.weight_total_bytes) + _region(program.tokens * activation_bytes(program, program.reduction))
-    if value_bytes == OUTPUT_BYTES:
-        base += _region(program.tokens * program.outputs * PARTIAL_SUM_BYTES)
-    row_bytes = program.outputs * value_bytes
-    begin, size = first_output * value_bytes, outputs * value_bytes
+    if value_bytes == PARTIAL_SUM_BYTES:
+        address = base + _partial_sum_place(program, first_output, first_token)
+        return int(serve_request(memory, state, address, outputs * tokens * PARTIAL_SUM_BYTES, WRITE, now))
+    base += _region(_partial_sum_place(program, program.outputs + program.rows - 1, 0))
+    row_bytes = program.outputs * OUTPUT_BYTES
+    begin, size = first_output * OUTPUT_BYTES, outputs * OUTPUT_BYTES
     return int(_serve_pieces(memory, state, base, row_bytes, first_token, tokens, begin, size, WRITE, now))
 
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from termwise.algorithms.errors import InputError, unknown_name
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Phase, check_count, check_phase
-from termwise.sim.accelerators import Accelerator
+from termwise.sim.accelerators import Accelerator, get_accelerator
 from termwise.sim.memory import buffer_access_pj
 
 PUBLISHED_CONTEXT = 256
@@ -374,7 +374,8 @@ def published_cost(
     """Cost of one product. ``weight_bits`` are those of the linear layers: they set the width of the weight port."""
     array = accelerator.array(phase)
     lanes = accelerator.processing_element.lanes
-    burst_bits = 8 * accelerator.dram_bytes_per_cycle
+    pe_pj_per_cycle, dram_pj_per_bit = published_energies(accelerator)
+    burst_bits = 8 * accelerator.ideal_bytes_per_cycle
     tile_steps = (
         gemm.copies
         * _ceil_divide(gemm.reduction, lanes)
@@ -410,15 +411,24 @@ def published_cost(
         weight_bytes=weight_bytes * weight_fetches,
         activation_bytes=input_bytes * input_fetches,
         output_bytes=output_bytes,
-        pe_energy_pj=accelerator.pe_energy_pj_per_cycle
-        * accelerator.place_and_route_factor
-        * array.processing_elements
-        * compute_cycles,
+        pe_energy_pj=pe_pj_per_cycle * array.processing_elements * compute_cycles,
         sram_read_energy_pj=tile_steps * read_pj,
         sram_write_energy_pj=weight_words * buffer_access_pj("write", weight_port_bits) * WORD_BITS / weight_port_bits
         + (input_words + output_words) * buffer_access_pj("write", input_port_bits) * WORD_BITS / input_port_bits,
-        dram_energy_pj=8 * traffic_bytes * accelerator.dram_pj_per_bit,
+        dram_energy_pj=8 * traffic_bytes * dram_pj_per_bit,
     )
+
+
+def published_energies(accelerator: Accelerator) -> tuple[float, float]:
+    """pJ of a cycle of one PE, place and route included, and of a bit of external memory.
+
+    Raises ``InputError`` where the accelerator or its memory has none.
+    """
+    pe, dram = accelerator.placed_pe_pj_per_cycle, accelerator.memory.energy_pj_per_bit
+    if pe is None or dram is None:
+        missing = "of its PE" if pe is None else f"of its memory {accelerator.memory.name!r}"
+        raise InputError(f"accelerator {accelerator.name!r}: the energy {missing} is not known; expected a number")
+    return pe, dram
 
 
 def published_port_bits(accelerator: Accelerator, phase: Phase, weight_bits: float) -> tuple[float, float]:
@@ -484,8 +494,10 @@ def simulate_published(
     elif context != PUBLISHED_CONTEXT:
         notes += (f"the published results are for a context of {PUBLISHED_CONTEXT}",)
     array = accelerator.array(phase)
-    if accelerator.name != accelerator.system:
+    if array != get_accelerator(system).array(phase):
         notes += (f"the array of {array.rows} × {array.columns} PEs is not the published one",)
+    elif "@" not in accelerator.name and accelerator.name != accelerator.system:
+        notes += (f"{accelerator.name} is not the published {accelerator.system}",)
     costs = [
         (published_cost(gemm, accelerator, phase, weight_bits, state), count)
         for gemm, count in published_gemms(shape, phase, context, weight_bits, key_value_bits, state).items()

@@ -29,6 +29,7 @@ from termwise.sim.published import (
     PUBLISHED_CONTEXT,
     WORD_BITS,
     PublishedState,
+    published_energies,
     published_gemms,
     published_weight_bits,
 )
@@ -50,7 +51,8 @@ class PublishedConfigurations:
         bit_serial: bool; whether a step takes a cycle per two bits of the stationary operand.
         port_reads_per_step: reads of either buffer in one step.
         weight_bits, key_value_bits: float64.
-        weight_buffer_bytes, activation_buffer_bytes, dram_bytes_per_cycle: as in ``Accelerator``.
+        weight_buffer_bytes, activation_buffer_bytes: as in ``Accelerator``.
+        dram_bytes_per_cycle: of ideal memory.
         dram_pj_per_bit: float64.
         pe_pj_per_cycle: float64, of one PE, place and route included.
     """
@@ -98,7 +100,8 @@ def configurations_of(
 ) -> PublishedConfigurations:
     """The parameters of ``accelerators`` in ``phase``, with a weight and a key-value precision for each.
 
-    Raises ``InputError`` for sequences of different lengths and for precisions below 1.
+    Raises ``InputError`` for sequences of different lengths, for precisions below 1, for memory that is not ideal and
+    for energies that are not known.
     """
     phase = check_phase(phase)
 
@@ -107,6 +110,7 @@ def configurations_of(
 
     arrays = [entry.array(phase) for entry in accelerators]
     elements = [entry.processing_element for entry in accelerators]
+    energies = [published_energies(entry) for entry in accelerators]
     return PublishedConfigurations(
         rows=column(np.int64, [array.rows for array in arrays]),
         columns=column(np.int64, [array.columns for array in arrays]),
@@ -117,11 +121,9 @@ def configurations_of(
         key_value_bits=column(np.float64, key_value_bits),
         weight_buffer_bytes=column(np.int64, [entry.weight_buffer_bytes for entry in accelerators]),
         activation_buffer_bytes=column(np.int64, [entry.activation_buffer_bytes for entry in accelerators]),
-        dram_bytes_per_cycle=column(np.int64, [entry.dram_bytes_per_cycle for entry in accelerators]),
-        dram_pj_per_bit=column(np.float64, [entry.dram_pj_per_bit for entry in accelerators]),
-        pe_pj_per_cycle=column(
-            np.float64, [entry.pe_energy_pj_per_cycle * entry.place_and_route_factor for entry in accelerators]
-        ),
+        dram_bytes_per_cycle=column(np.int64, [entry.ideal_bytes_per_cycle for entry in accelerators]),
+        dram_pj_per_bit=column(np.float64, [dram for _, dram in energies]),
+        pe_pj_per_cycle=column(np.float64, [pe for pe, _ in energies]),
     )
 
 

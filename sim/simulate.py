@@ -9,7 +9,8 @@ The machine (``docs/simulator.md`` gives the reasons and what is not modelled):
   other is computed on. An operand that fits in its buffer whole is loaded once. ``termwise.sim.plan`` says what stays
   in a half, and when a long reduction is split into passes whose partial sums go through external memory.
 * One channel to external memory moves one request at a time, in order; a request of n bytes takes
-  ceil(n / ``dram_bytes_per_cycle``) cycles. A finished tile waits in a write-back register and goes first.
+  ceil(n / bytes per cycle) cycles of ideal memory, and what ``termwise.sim.dram`` says of a memory with pages. A
+  finished tile waits in a write-back register and goes first.
 * A step waits for its weights and activations. A load waits for its half of the buffer. After its last step a tile
   drains for as long as the PE's pipeline is deep; it leaves when the register is free and its partial sums have
   arrived.
@@ -21,45 +22,71 @@ The machine (``docs/simulator.md`` gives the reasons and what is not modelled):
 Every cycle belongs to exactly one cause: busy, or a stall on scaling, weights, activations, the drain, or the
 write-back (a full register, late partial sums, the last write-back). Weights are named first where both miss.
 
-Energy: a PE's energy per cycle × place-and-route factor × all PEs × compute cycles (PEs without work in a tile that is
-not full are not gated, as published; in all other cycles the array's clock is gated). Buffers: one read of both ports
-per dot-product step, one write per bit loaded, and one write of every output into the activation buffer. External
-memory: energy per bit × traffic.
+Energy: events × the energies of the accelerator's set (``termwise.sim.energy``). A PE's energy per cycle, place and
+route included, × all PEs × compute cycles (PEs without work in a tile that is not full are not gated, as published; in
+all other cycles the array's clock is gated). Buffers: one read of both ports per dot-product step, one write per bit
+loaded, and one write of every output into the activation buffer; where the set knows it, their leakage × time. External
+memory: energy per bit × traffic. An event that the set does not know leaves its part and the total without a number,
+and a note names it.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from termwise.algorithms.dictionary import EXPECTED_DEVIATION, expected_outlier_share, expected_packed_bytes
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.processing_element import HALF_BITS
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
-from termwise.sim.accelerators import Accelerator, ArrayShape
+from termwise.sim.accelerators import Accelerator, check_group
 from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
+from termwise.sim.energy import EnergySet, energies_of
 from termwise.sim.kernels import TileProgram
-from termwise.sim.memory import buffer_access_pj, buffer_write_pj_per_bit
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Energy in µJ."""
+    """Energy in µJ. A part is None where an event's energy is not known; so is the total then.
 
-    pe_uj: float
-    sram_read_uj: float
-    sram_write_uj: float
-    dram_uj: float
+    ``leakage_uj`` is the standing power of the buffers × time; None where the set knows none, as published: it is then
+    no part of the total.
+    """
+
+    pe_uj: float | None
+    sram_read_uj: float | None
+    sram_write_uj: float | None
+    dram_uj: float | None
+    leakage_uj: float | None = None
 
     @property
-    def total_uj(self) -> float:
+    def total_uj(self) -> float | None:
         """PEs, buffers and external memory."""
-        return self.pe_uj + self.sram_read_uj + self.sram_write_uj + self.dram_uj
+        return _total((self.pe_uj, self.sram_read_uj, self.sram_write_uj, self.dram_uj, self.leakage_uj or 0.0))
+
+    def times(self, repeats: int) -> Energy:
+        """The energy of ``repeats`` equal products."""
+        return Energy(**{name: None if part is None else repeats * part for name, part in asdict(self).items()})
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    """The sum; None where one part is."""
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total
+
+
+def _summed(energies: Sequence[Energy]) -> Energy:
+    """Energy of products one after the other, part by part."""
+    return Energy(**{field.name: _total(getattr(entry, field.name) for entry in energies) for field in fields(Energy)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +135,8 @@ class Simulation:
 
     model: str
     accelerator: str
+    energy_set: str
+    memory: str
     format: str
     phase: Phase
     context: int
@@ -142,12 +171,14 @@ class Simulation:
         """JSON-ready, units in the names.
 
         ``busy`` and the map ``stalls`` are cycles and sum to ``cycles``; so do the parts of the map ``energy_uj`` to
-        its ``total``.
+        its ``total``, which is None where a part is. ``leakage`` is there where the energy set knows it.
         """
         return {
             "model_of": "cycle",
             "model": self.model,
             "accelerator": self.accelerator,
+            "energy_set": self.energy_set,
+            "memory": self.memory,
             "format": self.format,
             "phase": self.phase,
             "context": self.context,
@@ -157,7 +188,7 @@ class Simulation:
             "cycles": self.cycles,
             "latency_ms": self.latency_ms,
             "tokens_per_second": self.tokens_per_second,
-            "energy_per_token_uj": self.energy.total_uj / self.tokens,
+            "energy_per_token_uj": None if self.energy.total_uj is None else self.energy.total_uj / self.tokens,
             "busy": self.busy_cycles,
             "stalls": asdict(self.stall_cycles),
             **_traffic_to_dict(self.traffic),
@@ -177,44 +208,33 @@ def _traffic_to_dict(traffic: Traffic) -> dict[str, int]:
     }
 
 
-def _energy_to_dict(energy: Energy) -> dict[str, float]:
+def _energy_to_dict(energy: Energy) -> dict[str, float | None]:
     return {
         "pe": energy.pe_uj,
         "sram_read": energy.sram_read_uj,
         "sram_write": energy.sram_write_uj,
         "dram": energy.dram_uj,
+        **({} if energy.leakage_uj is None else {"leakage": energy.leakage_uj}),
         "total": energy.total_uj,
     }
-
-
-def divided_array(array: ArrayShape, elements: int, name: str) -> ArrayShape:
-    """``array`` of PEs as one of square groups of ``elements`` PEs, each of which computes one product.
-
-    Raises ``InputError``, which names the accelerator ``name``, where a side is no multiple of that of a group.
-    """
-    side = math.isqrt(elements)
-    if array.rows % side or array.columns % side:
-        raise InputError(
-            f"accelerator {name!r}: an array of {array.rows} × {array.columns} PEs cannot be divided into groups of "
-            f"{side} × {side} for 8-bit products; expected sides that are multiples of {side}"
-        )
-    return ArrayShape(rows=array.rows // side, columns=array.columns // side)
 
 
 def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Format) -> Product:
     """One product on the accelerator's array.
 
-    Raises ``UnsupportedFormatError`` where the PE takes no ``weights``, and ``InputError`` for an array that cannot be
-    divided into the groups of PEs that they need.
+    Raises ``UnsupportedFormatError`` where the PE takes no ``weights``, and ``InputError`` where the sum of a group
+    does not fit its accumulator, or the array cannot be divided into the groups of PEs that the weights need.
     """
     element = accelerator.processing_element
     if gemm.operand == "weight":
         cycles_per_step = element.cycles_per_step(weights)
-        buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
-        total_bytes = weights.packed_bytes(gemm.outputs, gemm.reduction)
-        pipeline = element.pipeline(weights, gemm.reduction)
-        group_inputs = weights.group_size or 0
         elements = element.processing_elements_per_product(weights)
+        array = accelerator.array_of_products(phase, elements)
+        buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
+        total_bytes = _packed_bytes(weights, gemm.outputs, gemm.reduction)
+        pipeline = element.pipeline(weights, gemm.reduction, min(array.rows, gemm.outputs))
+        group_inputs = weights.group_size or 0
+        check_group(accelerator, weights, min(group_inputs or gemm.reduction, gemm.reduction))
         activation_bits = element.activation_bits(weights)
     else:
         cycles_per_step = element.key_value_cycles_per_step(accelerator.key_value_bits)
@@ -223,8 +243,8 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         pipeline = element.key_value_pipeline(accelerator.key_value_bits)
         group_inputs = 0
         elements = element.key_value_processing_elements_per_product(accelerator.key_value_bits)
+        array = accelerator.array_of_products(phase, elements)
         activation_bits = element.key_value_activation_bits(accelerator.key_value_bits)
-    array = divided_array(accelerator.array(phase), elements, accelerator.name)
     return Product(
         tokens=gemm.tokens,
         reduction=gemm.reduction,
@@ -237,22 +257,80 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         weight_total_bytes=total_bytes,
         group_inputs=group_inputs if group_inputs < gemm.reduction else 0,
         dequantization_cycles=pipeline.dequantization_cycles,
-        drain_cycles=pipeline.drain_cycles,
+        drain_cycles=pipeline.drain_cycles + accelerator.movement_cycles(phase),
         weight_buffer_bytes=accelerator.weight_buffer_bytes,
         activation_buffer_bytes=accelerator.activation_buffer_bytes,
-        burst_bytes=accelerator.dram_bytes_per_cycle,
+        burst_bytes=accelerator.memory.ideal_bytes_per_cycle or 0,
         activation_bits=activation_bits,
         elements_per_product=elements,
     )
 
 
-def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> Energy:
+def _packed_bytes(weights: Format, outputs: int, inputs: int) -> int:
+    """Bytes of a matrix in external memory; those that depend on the weights (GOBO's outliers) as expected."""
+    if weights.family == "gobo":
+        return expected_packed_bytes(weights, outputs, inputs)
+    return weights.packed_bytes(outputs, inputs)
+
+
+class _Charges:
+    """Energies of the events of one machine, by its set; collects the events that the set does not know."""
+
+    def __init__(self, accelerator: Accelerator, energies: EnergySet) -> None:
+        self.accelerator, self.energies = accelerator, energies
+        self.unknown: dict[str, str] = {}
+
+    def known(self, event: str, energy: Callable[[], float | None]) -> float | None:
+        """``energy`` of one ``event``; None, and a reason, where the set does not know it."""
+        reason = ""
+        try:
+            value = energy()
+        except InputError as error:  # the model of the buffers has no points there
+            value, reason = None, f": {error}"
+        if value is None:
+            self.unknown.setdefault(event, reason)
+        return value
+
+    def buffer(self, operand: str, port_bits: float) -> tuple[float | None, float | None, float | None]:
+        """pJ of a read, pJ of a written bit, and mW of leakage of the buffer of ``operand``, a word of its fields."""
+        size: dict[str, Any] = {
+            "capacity_bytes": getattr(self.accelerator, f"{operand}_buffer_bytes"),
+            "banks": getattr(self.accelerator, f"{operand}_buffer_banks"),
+            "word_bits": port_bits,
+        }
+        read_pj = self.known(f"a read of the {operand} buffer", lambda: self.energies.sram_access_pj("read", **size))
+        write_pj = self.known(f"a write into the {operand} buffer", lambda: self.energies.sram_write_pj_per_bit(**size))
+        return read_pj, write_pj, None if read_pj is None else self.energies.sram_leakage_mw(**size)
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for every event without an energy."""
+        return tuple(
+            f"no energy: the set {self.energies.name} does not know that of {event}{reason}"
+            for event, reason in self.unknown.items()
+        )
+
+
+def _of_events(events: float, energy_pj: float | None) -> float | None:
+    """pJ of ``events``; None where the energy of one is not known."""
+    return None if energy_pj is None else events * energy_pj
+
+
+def _microjoules(*parts_pj: float | None) -> float | None:
+    """µJ of all parts; None where one is not known."""
+    total_pj = _total(parts_pj)
+    return None if total_pj is None else total_pj / 1e6
+
+
+def _energy(product: Product, count: CycleCount, charges: _Charges) -> Energy:
     """Energy of one product (see the module's last paragraph)."""
+    accelerator, energies = charges.accelerator, charges.energies
     reads = accelerator.port_reads_per_step
-    weight_port_bits = product.lanes * product.weight_buffer_bits * product.rows / reads
-    activation_port_bits = product.lanes * product.activation_bits * product.columns / reads
-    read_pj = count.weight_reads * buffer_access_pj("read", weight_port_bits)
-    read_pj += count.dot_product_steps * buffer_access_pj("read", activation_port_bits)
+    weight_read_pj, weight_bit_pj, weight_leakage_mw = charges.buffer(
+        "weight", product.lanes * product.weight_buffer_bits * product.rows / reads
+    )
+    activation_read_pj, activation_bit_pj, activation_leakage_mw = charges.buffer(
+        "activation", product.lanes * product.activation_bits * product.columns / reads
+    )
     # Weights may take more bits in the buffer than in external memory, where a decoder stands between the two.
     buffered_weight_bits = (
         count.traffic.weight_bytes
@@ -261,19 +339,24 @@ def _energy(product: Product, count: CycleCount, accelerator: Accelerator) -> En
         * product.reduction
         * product.weight_buffer_bits
     )
-    written_pj = buffered_weight_bits * buffer_write_pj_per_bit(weight_port_bits)
-    written_pj += (
-        8
-        * (count.traffic.activation_bytes + count.traffic.output_bytes)
-        * buffer_write_pj_per_bit(activation_port_bits)
+    buffered_activation_bits = 8 * (count.traffic.activation_bytes + count.traffic.output_bytes)
+    pe_pj = charges.known(
+        f"a cycle of the PE of {accelerator.name}", lambda: energies.processing_element_pj(accelerator.system)
     )
-    pe_pj_per_cycle = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
-    rows = product.rows * product.elements_per_product
+    dram_pj = charges.known(f"a bit of external memory {accelerator.memory.name}", lambda: energies.dram_pj_per_bit)
+    leakage_mw = _total((weight_leakage_mw, activation_leakage_mw))
+    elements = product.rows * product.columns * product.elements_per_product
     return Energy(
-        pe_uj=pe_pj_per_cycle * rows * product.columns * count.busy_cycles / 1e6,
-        sram_read_uj=reads * read_pj / 1e6,
-        sram_write_uj=written_pj / 1e6,
-        dram_uj=8 * count.traffic.total_bytes * accelerator.dram_pj_per_bit / 1e6,
+        pe_uj=_microjoules(_of_events(count.busy_cycles, _of_events(elements, pe_pj))),
+        sram_read_uj=_microjoules(
+            _of_events(count.weight_reads * reads, weight_read_pj),
+            _of_events(count.dot_product_steps * reads, activation_read_pj),
+        ),
+        sram_write_uj=_microjoules(
+            _of_events(buffered_weight_bits, weight_bit_pj), _of_events(buffered_activation_bits, activation_bit_pj)
+        ),
+        dram_uj=_microjoules(_of_events(8 * count.moved_bytes, dram_pj)),
+        leakage_uj=None if leakage_mw is None else leakage_mw * count.cycles / accelerator.clock_mhz / 1e3,
     )
 
 
@@ -293,11 +376,8 @@ def _times(repeats: int, count: CycleCount) -> tuple[StallCycles, Traffic]:
     return stalls, traffic
 
 
-def _layer(
-    gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, accelerator: Accelerator
-) -> LayerSimulation:
+def _layer(gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, charges: _Charges) -> LayerSimulation:
     stalls, traffic = _times(gemm.repeats, count)
-    energy = _energy(product, count, accelerator)
     return LayerSimulation(
         name=gemm.name,
         operand=gemm.operand,
@@ -310,12 +390,7 @@ def _layer(
         busy_cycles=gemm.repeats * count.busy_cycles,
         stall_cycles=stalls,
         traffic=traffic,
-        energy=Energy(
-            pe_uj=gemm.repeats * energy.pe_uj,
-            sram_read_uj=gemm.repeats * energy.sram_read_uj,
-            sram_write_uj=gemm.repeats * energy.sram_write_uj,
-            dram_uj=gemm.repeats * energy.dram_uj,
-        ),
+        energy=_energy(product, count, charges).times(gemm.repeats),
         pe_utilization=_useful_pe_cycles(product) / (product.rows * product.columns * count.cycles),
     )
 
@@ -328,12 +403,14 @@ def simulate(
     weights: Format | None = None,
     context: int = 256,
     batch: int = 1,
+    stepped: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Simulate one prefill of ``context`` tokens, or one decode step over ``context`` cached tokens.
 
-    ``weights`` is the format of all linear layers, the accelerator's own for the phase where it is None. ``progress``
-    is called with the distinct products finished and their number.
+    ``weights`` is the format of all linear layers, the accelerator's own for the phase where it is None. ``stepped``
+    simulates every event, where else what repeats is counted once; the results are the same. ``progress`` is called
+    with the distinct products finished and their number.
 
     Raises ``InputError`` for an unknown phase, a context or batch below 1 or an array that does not fit the buffers,
     and ``UnsupportedFormatError`` (an ``InputError``) where the PE has no way to take ``weights``.
@@ -341,6 +418,11 @@ def simulate(
     phase = check_phase(phase)
     if weights is None:
         weights = get_format(accelerator.default_format(phase))
+    memory = None
+    if accelerator.memory.ideal_bytes_per_cycle is None:
+        memory = accelerator.memory.timing(accelerator.clock_mhz)
+    energies = energies_of(accelerator)
+    charges = _Charges(accelerator, energies)
     gemms = workload(shape, phase=phase, context=context, batch=batch)
     counts: dict[TileProgram, CycleCount] = {}
     layers: list[LayerSimulation] = []
@@ -348,17 +430,19 @@ def simulate(
         product = product_of(gemm, accelerator, phase, weights)
         program = plan_product(product)
         if program not in counts:
-            counts[program] = run_tile_program(program)
-        layers.append(_layer(gemm, product, program, counts[program], accelerator))
+            counts[program] = run_tile_program(program, memory=memory, fast_forward=not stepped)
+        layers.append(_layer(gemm, product, program, counts[program], charges))
         if progress is not None:
             progress(index + 1, len(gemms))
     elements = accelerator.processing_element.processing_elements_per_product(weights)
-    array = divided_array(accelerator.array(phase), elements, accelerator.name)
+    array = accelerator.array_of_products(phase, elements)
     cycles = sum(layer.cycles for layer in layers)
     useful = sum(layer.pe_utilization * layer.cycles for layer in layers)
     return Simulation(
         model=shape.name,
         accelerator=accelerator.name,
+        energy_set=energies.name,
+        memory=accelerator.memory.name,
         format=weights.name,
         phase=phase,
         context=context,
@@ -373,15 +457,26 @@ def simulate(
             activation_bytes=sum(layer.traffic.activation_bytes for layer in layers),
             output_bytes=sum(layer.traffic.output_bytes for layer in layers),
         ),
-        energy=Energy(
-            pe_uj=sum(layer.energy.pe_uj for layer in layers),
-            sram_read_uj=sum(layer.energy.sram_read_uj for layer in layers),
-            sram_write_uj=sum(layer.energy.sram_write_uj for layer in layers),
-            dram_uj=sum(layer.energy.dram_uj for layer in layers),
-        ),
+        energy=_summed([layer.energy for layer in layers]),
         pe_utilization=useful / cycles if cycles else 0.0,
         layers=tuple(layers),
-        notes=(*_short_groups(shape, weights), *_notes(shape, accelerator, array.columns, layers)),
+        notes=(
+            *charges.notes(),
+            *_expected_outliers(weights),
+            *_short_groups(shape, weights),
+            *_notes(shape, accelerator, array.columns, layers),
+        ),
+    )
+
+
+def _expected_outliers(weights: Format) -> tuple[str, ...]:
+    """That the number of outliers is no count, where the format has a list of them."""
+    if weights.family != "gobo":
+        return ()
+    share = expected_outlier_share(float(weights.option("threshold")), EXPECTED_DEVIATION)
+    return (
+        f"the outliers of {weights.name} are not counted but expected: {100 * share:.2g} % of Gaussian weights with a "
+        f"standard deviation of {EXPECTED_DEVIATION:g}",
     )
 
 

@@ -15,6 +15,8 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from termwise.algorithms import dictionary
+from termwise.algorithms.errors import InputError
+from termwise.algorithms.formats import get_format
 from termwise.algorithms.models import open_model
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 
@@ -186,3 +188,38 @@ def test_small_centroids_lie_among_their_weights_beside_huge_ones() -> None:
     values = quantize(weights, "gobo-w3:threshold=-1e9").dequantize()[0, :64]
     assert (values >= small[0]).all()
     assert (values <= small[-1]).all()
+
+
+@pytest.mark.parametrize(("name", "deviation"), [("gobo-w3", 0.1), ("gobo-w4:threshold=-2", 0.3), ("gobo-w3", 1.0)])
+def test_the_expected_outliers_are_those_of_gaussian_weights(name: str, deviation: float) -> None:
+    """The count is binomial around the expected one: 6 standard deviations leave 2e-9, and the seed is fixed."""
+    rows, inputs = 256, 2048
+    weights = np.random.default_rng(7).normal(scale=deviation, size=(rows, inputs)).astype(np.float32)
+    tensor = quantize(weights, name)
+    expected = rows * dictionary.DictionarySpec().expected_outliers_per_row(
+        tensor.format, inputs, deviation=float(weights.std(dtype=np.float64))
+    )
+    found = tensor.parts["outlier_positions"].size
+    assert abs(found - expected) <= 6 * math.sqrt(expected)
+    packed = dictionary.expected_packed_bytes(tensor.format, rows, inputs, deviation=deviation)
+    codes = sum(part.nbytes for part in (tensor.parts["dictionary"], tensor.parts["codes"]))
+    share = dictionary.expected_outlier_share(float(tensor.format.option("threshold")), deviation)
+    assert packed == codes + 8 * math.ceil(rows * inputs * share)
+
+
+def test_expected_outliers_go_from_few_to_all() -> None:
+    shares = [dictionary.expected_outlier_share(-4, deviation) for deviation in (0.01, 0.1, 1, 10, 100)]
+    assert shares == sorted(shares)
+    assert shares[1] == pytest.approx(1e-3, rel=0.05)  # the paper's 0.1 %
+    assert shares[-1] == 1
+
+
+def test_the_pe_tells_its_centroids_and_takes_fp16_keys() -> None:
+    spec = dictionary.DictionarySpec()
+    assert [spec.centroids(get_format(name)) for name in ("gobo-w3", "gobo-w4")] == [8, 16]
+    assert spec.cycles_per_step(get_format("gobo-w4")) == spec.key_value_cycles_per_step(16) == 1
+    with pytest.raises(InputError, match="FP16 keys and values; got 8 bits"):
+        spec.key_value_cycles_per_step(8)
+    for ask in (spec.centroids, lambda weights: spec.expected_outliers_per_row(weights, 8)):
+        with pytest.raises(InputError, match="int-w4g128 weights are none"):
+            ask(get_format("int-w4g128"))

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from termwise.algorithms.errors import InputError
-from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.accelerators import get_accelerator, published_accelerator_names
 from termwise.sim.dram import get_dram
-from termwise.sim.energy import EnergySet, energy_set_names, get_energy_set
+from termwise.sim.energy import EnergySet, energies_of, energy_set_names, get_energy_set
 from termwise.sim.memory import buffer_access_pj
 from termwise.sim.sram import SramModel
 
@@ -24,14 +24,46 @@ def test_published_constants_of_the_paper() -> None:
     assert energies.dram_pj_per_bit == 2400 / 128
 
 
-@pytest.mark.parametrize("name", accelerator_names())
+@pytest.mark.parametrize("name", published_accelerator_names())
 def test_energies_are_those_that_the_simulator_charges(name: str) -> None:
     accelerator = get_accelerator(name)
     for energy_set in energy_set_names():
-        energies = get_energy_set(energy_set)
-        charged = accelerator.pe_energy_pj_per_cycle * accelerator.place_and_route_factor
-        assert energies.processing_element_pj(accelerator.system) == charged
-        assert energies.dram_pj_per_bit == accelerator.dram_pj_per_bit
+        charged = energies_of(dataclasses.replace(accelerator, energy_set=energy_set))
+        assert dataclasses.replace(charged, pe_cycle_pj=get_energy_set(energy_set).pe_cycle_pj) == get_energy_set(
+            energy_set
+        )
+        energy = accelerator.placed_pe_pj_per_cycle
+        assert charged.processing_element_pj(accelerator.system) == energy
+        assert get_energy_set(energy_set).processing_element_pj(accelerator.system) == energy
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "bitmod-2024"),
+        ({"clock_mhz": 500}, "bitmod-2024"),
+        ({"weight_buffer_bytes": 256 * 1024}, "bitmod-2024-any-buffer"),
+        ({"activation_buffer_banks": 4}, "bitmod-2024-any-buffer"),
+        ({"weight_buffer_bytes": 256 * 1024, "energy_set": "bitmod-2024"}, "bitmod-2024"),
+    ],
+)
+def test_the_buffers_choose_the_energies_unless_a_set_is_named(changes: dict[str, object], expected: str) -> None:
+    accelerator = dataclasses.replace(get_accelerator("bitmod-lossy"), **changes)  # type: ignore[arg-type]
+    assert energies_of(accelerator).name == expected
+
+
+def test_figures_of_the_machine_stand_in_the_place_of_those_of_the_set() -> None:
+    accelerator = dataclasses.replace(
+        get_accelerator("bitmod-lossy"),
+        pe_energy_pj_per_cycle=2.0,
+        place_and_route_factor=1.25,
+        memory=get_dram("hbm2e"),
+    )
+    assert energies_of(accelerator).processing_element_pj("bitmod-lossy") == 2.5
+    assert energies_of(accelerator).dram_pj_per_bit == get_dram("hbm2e").energy_pj_per_bit
+    unknown = dataclasses.replace(accelerator, pe_energy_pj_per_cycle=None, memory=get_dram("hbm3"))
+    assert energies_of(unknown).processing_element_pj("bitmod-lossy") is None
+    assert energies_of(unknown).dram_pj_per_bit is None
 
 
 @pytest.mark.parametrize("word_bits", [128, 288, 300, 1024, 2048])

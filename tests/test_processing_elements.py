@@ -104,3 +104,28 @@ def test_special_values_of_ones_own_take_two_terms() -> None:
     assert BitSerialSpec().cycles_per_step(get_format("bitmod-w3g128:special=6,-6,7,-7")) == 2
     with pytest.raises(UnsupportedFormatError, match="11 is no sum of two signed powers of two within 5 bits"):
         BitSerialSpec().cycles_per_step(get_format("bitmod-w4g128:special=5.5"))
+
+
+# Largest magnitude that an activation is multiplied by: 127, a code less its zero point, 8 in halves, and 6.
+NUMERATORS = [("int-w8", 127), ("int-asym-w7g128", 127), ("bitmod-w4g128", 16), ("bitmod-w3g128", 6)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "activation"),
+    [
+        (BitSerialSpec(numerics="exact"), 65504 << 24),
+        (BitSerialSpec(numerics="shared_exponent", align_bits=24), 1 << 24),
+    ],
+    ids=["exact", "shared_exponent"],
+)
+@pytest.mark.parametrize(("name", "numerator"), NUMERATORS)
+def test_the_longest_group_is_the_last_whose_largest_sum_fits_63_bits(
+    spec: BitSerialSpec, activation: int, name: str, numerator: int
+) -> None:
+    weights = get_format(name)
+    longest = ((1 << 63) - 1) // (activation * numerator)
+    spec.check_group(weights, longest)
+    assert longest * activation * numerator < 1 << 63 <= (longest + 1) * activation * numerator
+    with pytest.raises(InputError, match=f"groups of at most {longest} weights of {weights.name}"):
+        spec.check_group(weights, longest + 1)
+    BitSerialSpec().check_group(weights, 1 << 62)

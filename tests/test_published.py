@@ -16,7 +16,7 @@ import pytest
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase
-from termwise.sim.accelerators import accelerator_names, get_accelerator
+from termwise.sim.accelerators import get_accelerator, published_accelerator_names
 from termwise.sim.published import (
     PUBLISHED_2025,
     PUBLISHED_MODELS,
@@ -68,7 +68,7 @@ def ratios(quantity: Quantity, accelerator: str, other: str, decoded_tokens: int
 def test_the_figures_are_sixty_and_forty() -> None:
     counts = {state: sum(len(row) for row in table.values()) for state, table in PUBLISHED_FIGURES.items()}
     assert counts == {"published": 60, "published-2025": 40}
-    assert {(state, *key) for state in PUBLISHED_STATES for key in product(accelerator_names(), PHASES)} == {
+    assert {(state, *key) for state in PUBLISHED_STATES for key in product(published_accelerator_names(), PHASES)} == {
         (state, *key) for state, table in PUBLISHED_FIGURES.items() for key in table
     }
 
@@ -125,7 +125,9 @@ def test_no_usual_mean_gives_all_three_headline_energies() -> None:
     """Ratios of 2024 or 2025, total or on-chip energy, 16 to 256 tokens, three means over models and over tasks."""
     energies = ("energy_uj", "on_chip_energy_uj")
     headlines = [entry for entry in HEADLINES if entry.task == "both"]
-    results = {key: run(*key) for key in product(PUBLISHED_MODELS, accelerator_names(), PHASES, PUBLISHED_STATES)}
+    results = {
+        key: run(*key) for key in product(PUBLISHED_MODELS, published_accelerator_names(), PHASES, PUBLISHED_STATES)
+    }
     for state, energy, tokens in product(PUBLISHED_STATES, energies, (16, 20, 32, 64, 128, 256)):
 
         def values(headline: Headline, decoded: int, state: str = state, energy: str = energy) -> list[float]:
@@ -143,7 +145,7 @@ def test_no_usual_mean_gives_all_three_headline_energies() -> None:
 
 
 @pytest.mark.parametrize("state", PUBLISHED_STATES)
-@pytest.mark.parametrize("accelerator", accelerator_names())
+@pytest.mark.parametrize("accelerator", published_accelerator_names())
 @pytest.mark.parametrize("phase", PHASES)
 def test_dictionary_is_json_and_its_parts_add_up(accelerator: str, phase: Phase, state: str) -> None:
     document = run("llama-2-7b", accelerator, phase, state).to_dict()

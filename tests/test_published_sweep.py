@@ -14,7 +14,8 @@ from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase
-from termwise.sim.accelerators import Accelerator, ArrayShape, accelerator_names, get_accelerator
+from termwise.sim.accelerators import Accelerator, ArrayShape, get_accelerator, published_accelerator_names
+from termwise.sim.dram import Dram
 from termwise.sim.published import PUBLISHED_MODELS, PUBLISHED_STATES, PublishedState, simulate_published
 from termwise.sim.published_figures import PUBLISHED_FIGURES
 from termwise.sim.published_sweep import (
@@ -33,7 +34,7 @@ ENERGY_TOLERANCE = 100 * 2.0**-53
 @st.composite
 def accelerators(draw: st.DrawFn) -> Accelerator:
     side = st.builds(ArrayShape, rows=st.integers(1, 150), columns=st.integers(1, 150))
-    base = get_accelerator(draw(st.sampled_from(accelerator_names())))
+    base = get_accelerator(draw(st.sampled_from(published_accelerator_names())))
     element = base.processing_element
     if isinstance(element, BitSerialSpec):
         element = dataclasses.replace(element, lanes=draw(st.integers(1, 16)))
@@ -45,8 +46,11 @@ def accelerators(draw: st.DrawFn) -> Accelerator:
         port_reads_per_step=draw(st.integers(1, 4)),
         weight_buffer_bytes=draw(st.integers(1, 2**21)),
         activation_buffer_bytes=draw(st.integers(1, 2**21)),
-        dram_bytes_per_cycle=draw(st.integers(1, 300)),
-        dram_pj_per_bit=draw(st.floats(0.01, 40)),
+        memory=Dram(
+            name="ideal",
+            ideal_bytes_per_cycle=draw(st.integers(1, 300)),
+            energy_pj_per_bit=draw(st.floats(0.01, 40)),
+        ),
         pe_energy_pj_per_cycle=draw(st.floats(0.01, 3)),
     )
 
@@ -119,7 +123,7 @@ def test_the_compiled_model_is_the_readable_one(
 @pytest.mark.parametrize("state", PUBLISHED_STATES.values(), ids=PUBLISHED_STATES)
 @pytest.mark.parametrize("phase", PHASES)
 def test_golden_cycles_come_out_of_the_compiled_model(state: PublishedState, phase: Phase) -> None:
-    machines = [get_accelerator(name) for name in accelerator_names()]
+    machines = [get_accelerator(name) for name in published_accelerator_names()]
     for model in PUBLISHED_MODELS:
         configurations = published_configurations(machines, model, phase=phase, state=state)
         found = evaluate_published(configurations, [known_shape(model)], phase=phase, state=state)
