@@ -340,6 +340,61 @@ def _gobo() -> Accelerator:
     )
 
 
+def _integer_array(
+    system: str, element: ProcessingElementSpec, weight_format: str, sources: tuple[str, ...]
+) -> Accelerator:
+    """An array of 4-bit PEs with integer activations, as OliVe and ANT compare them."""
+    array = ArrayShape(rows=64, columns=64)
+    return Accelerator(
+        name=system,
+        system=system,
+        processing_element=element,
+        prefill_array=array,
+        decode_array=array,
+        movement="systolic",
+        prefill_format=weight_format,
+        decode_format=weight_format,
+        key_value_bits=8,
+        port_reads_per_step=1,
+        weight_buffer_bytes=128 * 1024,
+        activation_buffer_bytes=256 * 1024,
+        memory=get_dram("ideal@128"),
+        clock_mhz=500,
+        sources=(
+            *sources,
+            "banks of the buffers and the width of keys and values: not known; those of the machines of BitMoD's "
+            "comparison stand here",
+            "energy of a PE, and its area in 28 nm: not known",
+        ),
+    )
+
+
+def _olive_int() -> Accelerator:
+    return _integer_array(
+        "olive-int",
+        OutlierVictimSpec(activations="integer"),
+        "olive-w4a4",
+        (
+            "OliVe, ISCA 2023: an output-stationary systolic array of 4096 4-bit PEs with decoders on two borders, "
+            "four PEs for an 8-bit product; a PE takes 50.01 µm² in 22 nm",
+            "clock, buffers and external memory: not found for OliVe; those of ANT's public simulator stand here",
+        ),
+    )
+
+
+def _ant_int() -> Accelerator:
+    return _integer_array(
+        "ant-int",
+        FlintSpec(activations="integer"),
+        "ant-w4a4",
+        (
+            "ANT, MICRO 2022, configuration of its public simulator: 32 × 32 PEs of 8 bits, each four of 4 bits; "
+            "500 MHz; 128 KiB for weights, 256 KiB for activations; 1024 bits of external memory per cycle. Its "
+            "128 KiB for outputs are the write-back register here",
+        ),
+    )
+
+
 _PUBLISHED: dict[str, Callable[[], Accelerator]] = {
     "fp16": _fp16,
     "ant": _ant,
@@ -347,7 +402,12 @@ _PUBLISHED: dict[str, Callable[[], Accelerator]] = {
     "bitmod-lossless": lambda: _bitmod("bitmod-lossless", "int-w6g128", "int-w6g128"),
     "bitmod-lossy": lambda: _bitmod("bitmod-lossy", "bitmod-w4g128", "bitmod-w3g128"),
 }
-_SYSTEMS: dict[str, Callable[[], Accelerator]] = {**_PUBLISHED, "gobo": _gobo}
+_SYSTEMS: dict[str, Callable[[], Accelerator]] = {
+    **_PUBLISHED,
+    "gobo": _gobo,
+    "olive-int": _olive_int,
+    "ant-int": _ant_int,
+}
 BASELINE = "fp16"
 
 
