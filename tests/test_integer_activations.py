@@ -317,6 +317,7 @@ class TestSpecification:
 
 SHAPE = ModelShape(
     name="small",
+    head=None,
     linears=(LinearShape(name="linear", outputs=96, inputs=65),),
     attention=AttentionShape(layers=1, heads=2, key_value_heads=2, head_size=16),
 )
