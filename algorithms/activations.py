@@ -29,14 +29,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import ANT_TYPES, Format, get_format
+from termwise.algorithms.formats import Format, activation_format
 from termwise.algorithms.loaded_model import ActivationQuantizer, Float32, LoadedModel
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 
 SAMPLE_VALUES = 1 << 17
 """Values of a layer's sample: 512 KiB in float32."""
-
-_MX = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,34 +119,6 @@ def sample_inputs(
     return {name: sample for name, sample in found.items() if sample is not None}
 
 
-def activation_format(format: Format) -> Format | None:
-    """The format that activations are quantized to when weights are in ``format``; None if they stay as they are.
-
-    Raises ``InputError`` where there is none of that width.
-    """
-    bits = format.activation_bits
-    if bits is None:
-        return None
-    if format.family in ("int", "type") and format.scale_type == "e8m0":
-        if bits not in _MX:
-            raise InputError(f"{format.name}: MX has no {bits}-bit activations; expected 4, 6 or 8")
-        return get_format(_MX[bits])
-    if format.family in ("int", "type") and format.scale_type == "e4m3":
-        return get_format("nvfp4")
-    if format.family not in ("olive", "ant"):
-        return get_format(f"int-w{bits}")
-    kept = []
-    for key, value in format.options:
-        if key == "types":
-            kinds = [kind for kind in value.split(",") if bits in ANT_TYPES[kind]]
-            if not kinds:
-                raise InputError(f"{format.name}: none of {value} has {bits}-bit activations; expected int or flint")
-            kept.append(f":types={','.join(kinds)}")
-        elif key == "outlier" and bits == format.weight_bits:
-            kept.append(f":outlier={value}")
-    return get_format(f"{format.family}-w{bits}{''.join(kept)}")
-
-
 def needs_calibration(format: Format) -> bool:
     """Whether activations beside weights in ``format`` have a static scale, for which a sample must be there."""
     return format.activation_bits is not None and (
@@ -193,7 +163,11 @@ class DynamicQuantizer:
 
     def __call__(self, activations: Float32) -> Float32:
         """Nearest values; see ``ActivationQuantizer``. Raises ``InputError`` as ``quantize`` does."""
-        return quantize(activations, self.format, name="activations").dequantize()
+        return self.quantize(activations).dequantize()
+
+    def quantize(self, activations: Float32) -> QuantizedTensor:
+        """The codes and scales behind these values, [tokens, channels]. Raises ``InputError`` as ``quantize`` does."""
+        return quantize(activations, self.format, name="activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,13 +196,23 @@ class StaticQuantizer:
     calibrated: QuantizedTensor
 
     def __call__(self, activations: Float32) -> Float32:
-        """Nearest values; see ``ActivationQuantizer``."""
-        tokens, channels = activations.shape
+        """Nearest values; see ``ActivationQuantizer``. Raises ``InputError`` for what is not finite."""
+        coder = self._of_tokens(activations).coder
+        return coder.decode(coder.encode(np.ascontiguousarray(activations)))
+
+    def quantize(self, activations: Float32) -> QuantizedTensor:
+        """The codes behind these values, [tokens, channels]; every token has the same scale and data type.
+
+        Raises ``InputError`` for what is not finite.
+        """
+        fixed = self._of_tokens(activations)
+        return fixed.with_codes(fixed.coder.encode(np.ascontiguousarray(activations)))
+
+    def _of_tokens(self, activations: Float32) -> QuantizedTensor:
+        """The scale and the data type for every token of ``activations``, with codes that are not theirs."""
         bad = activations.size - int(np.count_nonzero(np.isfinite(activations)))
         if bad:
             raise InputError(f"{bad} NaN or infinite activations; expected finite ones")
+        tokens, channels = activations.shape
         scales = np.repeat(self.calibrated.parts["scales"], tokens, axis=0)
-        fixed = QuantizedTensor(
-            format=self.calibrated.format, shape=(tokens, channels), parts={**self.calibrated.parts, "scales": scales}
-        )
-        return fixed.coder.decode(fixed.coder.encode(np.ascontiguousarray(activations)))[:, :channels]
+        return replace(self.calibrated, shape=(tokens, channels), parts={**self.calibrated.parts, "scales": scales})

@@ -41,6 +41,7 @@ from termwise.algorithms.packing import pack, unpack
 from termwise.algorithms.processing_element import (
     HALF_SIGNIFICAND_BITS,
     PIPELINE_STAGES,
+    Fp16Activations,
     PipelineTiming,
     UnsupportedFormatError,
     check_weights_can_be_read,
@@ -72,7 +73,7 @@ Skipping = Literal["none", "tile", "row"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitSerialSpec:
+class BitSerialSpec(Fp16Activations):
     """A PE of 4 lanes that takes one term, a signed power of two, of 4 weights per cycle (BitMoD section IV).
 
     Activations are FP16. Integers of up to 8 bits arrive as radix-4 Booth digits; other types as two signed powers of

@@ -27,7 +27,12 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
-from termwise.algorithms.processing_element import PIPELINE_STAGES, PipelineTiming, UnsupportedFormatError
+from termwise.algorithms.processing_element import (
+    PIPELINE_STAGES,
+    Fp16Activations,
+    PipelineTiming,
+    UnsupportedFormatError,
+)
 
 KEY_VALUE_BITS = 16
 """Width of keys and values, which are FP16."""
@@ -43,7 +48,7 @@ MOST_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class DictionarySpec:
+class DictionarySpec(Fp16Activations):
     """A PE that adds activations by the index of their weight and multiplies the sums by the centroids (GOBO).
 
     Activations are FP16, sums FP32; outliers are multiplied one by one (``docs/microarchitecture.md``, section 2.6).

@@ -30,13 +30,7 @@ from termwise.algorithms import grid
 from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables, half_scales
 from termwise.algorithms.packing import pack, unpack
-from termwise.algorithms.processing_element import (
-    BIT_PARALLEL_PIPELINE,
-    PipelineTiming,
-    UnsupportedFormatError,
-    bit_parallel_key_value_cycles,
-    check_weights_can_be_read,
-)
+from termwise.algorithms.processing_element import BitParallelSpec
 from termwise.algorithms.scale_search import best_scales, sample_row
 
 SEARCH_PERCENT = tuple(range(75, 151))
@@ -45,39 +39,19 @@ is that of the authors' script, which however begins at 95 above 6 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlintSpec:
-    """A bit-parallel PE with ANT's decoder, as BitMoD section V-A compares with: one weight of up to 8 bits a cycle.
+class FlintSpec(BitParallelSpec):
+    """A bit-parallel PE with ANT's decoder.
 
-    Activations are FP16. It takes integers and flint; not BitMoD's special values, abfloat, or zero points.
+    It takes integers and flint; not BitMoD's special values, abfloat, or zero points.
     """
 
     kind: ClassVar[str] = "flint"
-    lanes: int = 1
+    name: ClassVar[str] = "flint PE (ANT)"
+    read_types: ClassVar[str] = "integer and flint"
 
-    def cycles_per_step(self, weights: Format) -> int:
-        """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
-        check_weights_can_be_read(self.kind, weights)
-        if not reads_integers_and_flint(weights):
-            raise UnsupportedFormatError(
-                f"the flint PE (ANT) decodes integer and flint weights; {weights.name} needs another decoder"
-            )
-        return 1
-
-    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
-        """One cycle for keys and values of up to 8 bits."""
-        return bit_parallel_key_value_cycles(self.kind, key_value_bits)
-
-    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
-        """A group's sum is scaled in one cycle and added in the next."""
-        return BIT_PARALLEL_PIPELINE
-
-    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
-        """The same."""
-        return BIT_PARALLEL_PIPELINE
-
-    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
-        """Weights are buffered as they are packed."""
-        return weights.bits_per_weight(outputs, inputs)
+    def reads(self, format: Format) -> bool:
+        """``reads_integers_and_flint``."""
+        return reads_integers_and_flint(format)
 
 
 def reads_integers_and_flint(weights: Format) -> bool:

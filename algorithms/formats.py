@@ -447,6 +447,37 @@ def get_format(name: str) -> Format:
     return format
 
 
+_MX = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
+
+
+def activation_format(format: Format) -> Format | None:
+    """The format that activations are quantized to when weights are in ``format``; None if they stay as they are.
+
+    Raises ``InputError`` where there is none of that width.
+    """
+    bits = format.activation_bits
+    if bits is None:
+        return None
+    if format.family in ("int", "type") and format.scale_type == "e8m0":
+        if bits not in _MX:
+            raise InputError(f"{format.name}: MX has no {bits}-bit activations; expected 4, 6 or 8")
+        return get_format(_MX[bits])
+    if format.family in ("int", "type") and format.scale_type == "e4m3":
+        return get_format("nvfp4")
+    if format.family not in ("olive", "ant"):
+        return get_format(f"int-w{bits}")
+    kept = []
+    for key, value in format.options:
+        if key == "types":
+            kinds = [kind for kind in value.split(",") if bits in ANT_TYPES[kind]]
+            if not kinds:
+                raise InputError(f"{format.name}: none of {value} has {bits}-bit activations; expected int or flint")
+            kept.append(f":types={','.join(kinds)}")
+        elif key == "outlier" and bits == format.weight_bits:
+            kept.append(f":outlier={value}")
+    return get_format(f"{format.family}-w{bits}{''.join(kept)}")
+
+
 def single_types() -> tuple[str, ...]:
     """Data types that a format may name alone: all that have a zero, but the integers, which are a family."""
     return tuple(

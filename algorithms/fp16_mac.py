@@ -11,11 +11,16 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
-from termwise.algorithms.processing_element import PIPELINE_STAGES, PipelineTiming, check_weights_can_be_read
+from termwise.algorithms.processing_element import (
+    PIPELINE_STAGES,
+    Fp16Activations,
+    PipelineTiming,
+    check_weights_can_be_read,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp16MacSpec:
+class Fp16MacSpec(Fp16Activations):
     """A PE that multiplies one FP16 weight by one FP16 activation per cycle.
 
     Weights of any other format are decoded to FP16 on their way from DRAM into the weight buffer, where each takes 16

@@ -44,13 +44,7 @@ from termwise.algorithms.errors import InputError
 from termwise.algorithms.flint import reads_integers_and_flint
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
-from termwise.algorithms.processing_element import (
-    BIT_PARALLEL_PIPELINE,
-    PipelineTiming,
-    UnsupportedFormatError,
-    bit_parallel_key_value_cycles,
-    check_weights_can_be_read,
-)
+from termwise.algorithms.processing_element import BitParallelSpec
 from termwise.algorithms.scale_search import best_scales, nearest_rank, positive_levels, sample_row
 
 if TYPE_CHECKING:
@@ -60,41 +54,19 @@ SEARCH_PERCENT = tuple(range(75, 251, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutlierVictimSpec:
-    """A bit-parallel PE with OliVe's pair decoder, as BitMoD section V-A compares with: one weight per cycle.
+class OutlierVictimSpec(BitParallelSpec):
+    """A bit-parallel PE with OliVe's pair decoder.
 
-    Activations are FP16, weights have up to 8 bits. It takes integers, flint and outlier-victim pairs; not BitMoD's
-    special values or zero points.
+    It takes integers, flint and outlier-victim pairs; not BitMoD's special values or zero points.
     """
 
     kind: ClassVar[str] = "outlier_victim"
-    lanes: int = 1
+    name: ClassVar[str] = "outlier-victim PE (OliVe)"
+    read_types: ClassVar[str] = "integer, flint and outlier-victim"
 
-    def cycles_per_step(self, weights: Format) -> int:
-        """One cycle. Raises ``UnsupportedFormatError`` for a format that the decoder cannot read."""
-        check_weights_can_be_read(self.kind, weights)
-        if weights.family != "olive" and not reads_integers_and_flint(weights):
-            raise UnsupportedFormatError(
-                "the outlier-victim PE (OliVe) decodes integer, flint and outlier-victim weights; "
-                f"{weights.name} needs another decoder"
-            )
-        return 1
-
-    def key_value_cycles_per_step(self, key_value_bits: int) -> int:
-        """One cycle for keys and values of up to 8 bits."""
-        return bit_parallel_key_value_cycles(self.kind, key_value_bits)
-
-    def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
-        """A group's sum is scaled in one cycle and added in the next."""
-        return BIT_PARALLEL_PIPELINE
-
-    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
-        """The same."""
-        return BIT_PARALLEL_PIPELINE
-
-    def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
-        """Weights are buffered as they are packed."""
-        return weights.bits_per_weight(outputs, inputs)
+    def reads(self, format: Format) -> bool:
+        """Pairs, and what ANT's decoder reads."""
+        return format.family == "olive" or reads_integers_and_flint(format)
 
 
 def pairs_of_types(format: Format) -> tuple[tuple[DataType, DataType], ...]:

@@ -8,19 +8,22 @@ Numbers that are not finished are pairs (whole number, exponent): whole number �
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms.bit_serial import BitSerialSpec, PartialSumRounding, booth_digits, fixed_point_digits
+from termwise.algorithms.datatypes import DataType
 from termwise.algorithms.dictionary import DictionaryCoder, DictionarySpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.flint import FlintSpec
+from termwise.algorithms.formats import Format, activation_format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.operands import HALF_BIAS, WeightOperands, split_half, weight_operands
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
-from termwise.algorithms.processing_element import ProcessingElementSpec
+from termwise.algorithms.processing_element import BitParallelSpec, ProcessingElementSpec
 from termwise.algorithms.quantize import QuantizedTensor
 
 _FLOAT32_BITS = 24
@@ -182,6 +185,128 @@ def _bit_parallel(weights: WeightOperands, activations: NDArray[np.float16]) -> 
     return results if weights.channel_scales is None else results * weights.channel_scales
 
 
+LARGEST_SUM = (1 << 31) - 1
+"""What an int32 accumulator holds."""
+
+_ABFLOAT = re.compile(r"abfloat\d_e\d+m(?P<significand>\d+)_b(?P<bias>\d+)")
+
+
+def shifted_integer(datatype: DataType, code: int) -> tuple[int, int]:
+    """What a decoder makes of a code: (integer, exponent), which stand for integer · 2^exponent (section 2.5).
+
+    An integer is itself. Abfloat: (2^m + mantissa, exponent + bias), OliVe section 3. Flint of n bits and a sign, as
+    ANT decodes it: (low bits, 0) under a leading 0; (2 · low bits, 2 · their leading zeros) under a leading 1, or
+    (1, 2 (n - 1)) where all of them are 0.
+
+    Raises ``InputError`` for a code that is no level, and for other data types.
+    """
+    level = datatype.numerators[code]
+    if level is None:
+        raise InputError(f"code {code} of {datatype.name} is no level; expected a code that a quantizer wrote")
+    if datatype.integer:
+        return level, 0
+    sign = -1 if level < 0 else 1
+    magnitude_bits = datatype.bits - 1
+    magnitude = code & ((1 << magnitude_bits) - 1)
+    abfloat = _ABFLOAT.fullmatch(datatype.name)
+    if abfloat is not None:
+        one = 1 << int(abfloat["significand"])
+        return sign * (one + magnitude % one), magnitude // one + int(abfloat["bias"])
+    if not datatype.name.startswith("flint"):
+        raise InputError(f"{datatype.name} levels are no shifted integers; expected integers, flint or abfloat")
+    low_bits = magnitude_bits - 1
+    low = magnitude & ((1 << low_bits) - 1)
+    if magnitude >> low_bits == 0:
+        return sign * low, 0
+    if low == 0:
+        return sign, 2 * low_bits
+    return sign * (low << 1), 2 * (low_bits - low.bit_length())
+
+
+def split_integer(integer: int) -> tuple[int, int]:
+    """An integer of up to 8 bits as h · 16 + l: (h, l), h from -8 to 7, l from 0 to 15."""
+    return integer >> 4, integer & 15
+
+
+def composed_product(weight: tuple[int, int], activation: tuple[int, int]) -> int:
+    """The product of two shifted integers of up to 8 bits, from the four products of 4-bit PEs (section 2.5)."""
+    (weight_high, weight_low), (activation_high, activation_low) = map(split_integer, (weight[0], activation[0]))
+    partial_products = (
+        weight_high * activation_high << 8,
+        weight_high * activation_low << 4,
+        weight_low * activation_high << 4,
+        weight_low * activation_low,
+    )
+    return sum(partial_products) << (weight[1] + activation[1])
+
+
+def integer_operands(
+    spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor
+) -> tuple[WeightOperands, WeightOperands]:
+    """The operands of a PE with integer activations: [outputs, inputs] and [tokens, inputs].
+
+    Raises ``InputError``: another PE, a format that it does not take, or activations that are not in the format that
+    belongs to that of the weights, or have another number of inputs.
+    """
+    if not isinstance(spec, BitParallelSpec) or spec.activations != "integer":
+        raise InputError(f"the {spec.kind} PE takes FP16 activations; expected one with integer activations")
+    spec.cycles_per_step(weights.format)
+    expected = activation_format(weights.format)
+    if activations.format != expected or activations.shape[1] != weights.shape[1]:
+        wanted = "" if expected is None else expected.name
+        raise InputError(
+            f"activations {activations.format.name} {list(activations.shape)}; "
+            f"expected {wanted} [tokens, {weights.shape[1]}]"
+        )
+    return weight_operands(weights), weight_operands(activations)
+
+
+def accumulator_error(format: Format) -> InputError:
+    """For sums that may not fit into the accumulator."""
+    return InputError(
+        f"a sum of products of {format.name} may pass {LARGEST_SUM}, the largest number of an int32 accumulator; "
+        "expected shorter groups or smaller outliers"
+    )
+
+
+def multiply_integers(
+    spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor
+) -> NDArray[np.float32]:
+    """activations · weightsᵀ of codes on both sides (section 2.5), before the result is rounded to FP16.
+
+    Args:
+        spec: an ``outlier_victim`` or ``flint`` PE with integer activations.
+        weights: [outputs, inputs], in a format with quantized activations.
+        activations: [tokens, inputs], in the ``activation_format`` of the weights' (``StaticQuantizer.quantize``,
+            ``DynamicQuantizer.quantize``): a scale per tensor or per token.
+
+    Returns: float32 [tokens, outputs].
+
+    Raises ``InputError`` as ``integer_operands``, and where the magnitudes of a group's products sum to more than an
+    int32 accumulator holds, so that some order of the inputs might overflow it.
+    """
+    left, right = integer_operands(spec, weights, activations)
+    results = np.zeros((activations.shape[0], weights.shape[0]), dtype=np.float32)
+    for token, output in np.ndindex(results.shape):
+        for group in range(left.groups):
+            columns = left.columns(group)
+            products = [
+                weight * activation
+                for weight, activation in zip(
+                    left.numerators[output, columns].tolist(), right.numerators[token, columns].tolist(), strict=True
+                )
+            ]
+            if sum(map(abs, products)) > LARGEST_SUM:
+                raise accumulator_error(weights.format)
+            scale = float32_of(
+                int(left.scale_significands[output, group]) * int(right.scale_significands[token, 0]),
+                int(left.scale_exponents[output, group] - left.fraction_bits[output, group])
+                + int(right.scale_exponents[token, 0] - right.fraction_bits[token, 0]),
+            )
+            results[token, output] += float32_of(sum(products), 0) * scale
+    return results
+
+
 def half_weights(tensor: QuantizedTensor) -> NDArray[np.float16]:
     """Weights decoded to FP16, float16 [outputs, inputs], each rounded once.
 
@@ -243,6 +368,12 @@ def check_activations(tensor: QuantizedTensor, activations: NDArray[np.float16])
         )
 
 
+def check_half_activations(spec: ProcessingElementSpec) -> None:
+    """Raises ``InputError`` for a PE with integer activations, whose product is ``multiply_integers``."""
+    if isinstance(spec, BitParallelSpec) and spec.activations == "integer":
+        raise InputError(f"the {spec.kind} PE takes integer activations; expected one with FP16 activations")
+
+
 def multiply(
     spec: ProcessingElementSpec, tensor: QuantizedTensor, activations: NDArray[np.float16]
 ) -> NDArray[np.float32]:
@@ -258,6 +389,7 @@ def multiply(
     Raises ``InputError``: activations that do not fit or are not finite; a format that the PE does not take.
     """
     check_activations(tensor, activations)
+    check_half_activations(spec)
     spec.cycles_per_step(tensor.format)
     if isinstance(spec, Fp16MacSpec):
         return _fp16_mac(half_weights(tensor), activations)

@@ -26,13 +26,16 @@ REQUIRED = {"bit_serial": 2e8, "outlier_victim": 6e8}
 def main(repeats: int) -> None:
     """Measure and print."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["NUMBA_NUM_THREADS"] = "1"
+    for library in ("NUMBA", "OMP", "OPENBLAS", "MKL"):
+        os.environ[f"{library}_NUM_THREADS"] = "1"
 
     import numpy as np
 
     from termwise.algorithms import reference
+    from termwise.algorithms.activations import InputSample, activation_quantizer
     from termwise.algorithms.bit_serial import BitSerialSpec
     from termwise.algorithms.flint import FlintSpec
+    from termwise.algorithms.formats import get_format
     from termwise.algorithms.fp16_mac import Fp16MacSpec
     from termwise.algorithms.outlier_victim import OutlierVictimSpec
     from termwise.algorithms.quantize import quantize
@@ -41,6 +44,8 @@ def main(repeats: int) -> None:
     random = np.random.default_rng(0)
     weights = (random.standard_t(4, (OUTPUTS, INPUTS)) * 0.05).astype(np.float32)
     activations = random.standard_normal((TOKENS, INPUTS)).astype(np.float16)
+    whole = activations.astype(np.float32)
+    sample = InputSample(rows=whole, minimum=whole.min(axis=0), maximum=whole.max(axis=0), tokens=TOKENS)
     results = []
     for spec, name in (
         (BitSerialSpec(numerics="paper"), "bitmod-w4g128"),
@@ -48,20 +53,30 @@ def main(repeats: int) -> None:
         (BitSerialSpec(numerics="exact"), "bitmod-w4g128"),
         (BitSerialSpec(numerics="shared_exponent"), "bitmod-w4g128"),
         (OutlierVictimSpec(), "olive-w4"),
+        (OutlierVictimSpec(activations="integer"), "olive-w4a4"),
+        (OutlierVictimSpec(activations="integer"), "olive-w8a8"),
         (FlintSpec(), "ant-w4g128"),
+        (FlintSpec(activations="integer"), "ant-w4a4g128"),
         (Fp16MacSpec(), "fp16"),
     ):
         tensor = quantize(weights, name)
         few = quantize(weights[:1], name)
-        if not np.array_equal(
-            functional.multiply(spec, few, activations[:1]), reference.multiply(spec, few, activations[:1])
-        ):
+        kind = getattr(spec, "activations", "fp16")
+        fast, exact, operand = functional.multiply, reference.multiply, activations
+        if kind == "integer":
+            quantizer = activation_quantizer(get_format(name), sample)
+            fast, exact = functional.multiply_integers, reference.multiply_integers
+            operand = quantizer.quantize(whole)
+            first = quantizer.quantize(whole[:1])
+        else:
+            first = activations[:1]
+        if not np.array_equal(fast(spec, few, first), exact(spec, few, first)):
             raise SystemExit(f"{spec.kind} on {name}: the kernel differs from the reference")
-        functional.multiply(spec, tensor, activations)
+        fast(spec, tensor, operand)
         seconds = []
         for _ in range(repeats):
             begin = time.process_time()
-            functional.multiply(spec, tensor, activations)
+            fast(spec, tensor, operand)
             seconds.append(time.process_time() - begin)
         steps = -(-INPUTS // spec.lanes) * OUTPUTS * TOKENS
         cycles = steps * spec.cycles_per_step(tensor.format)
@@ -69,6 +84,7 @@ def main(repeats: int) -> None:
         results.append(
             {
                 "pe": spec.kind,
+                "activations": kind,
                 "numerics": getattr(spec, "numerics", None),
                 "format": name,
                 "pe_cycles_per_second": rate,

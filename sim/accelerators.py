@@ -39,7 +39,6 @@ from termwise.sim.dram import MAXIMUM_CLOCK_MHZ, Dram, get_dram
 MAXIMUM_ARRAY_SIDE = 4096
 MAXIMUM_BUFFER_BYTES = 1 << 40
 MAXIMUM_KEY_VALUE_BITS = 16
-ACTIVATION_BITS = 16
 _SOURCE = "BitMoD, HPCA 2025, sections IV-C and V-A"
 _SIMULATOR_SOURCE = "constants of the simulator published with BitMoD, state of November 2024"
 _BUFFER_SOURCE = "CACTI 7, 512 KiB in 8 banks, 28 nm (see termwise.sim.memory)"
@@ -191,6 +190,19 @@ class Accelerator:
             )
         return self.memory.ideal_bytes_per_cycle
 
+    def array_of_products(self, phase: Phase, elements: int) -> ArrayShape:
+        """The array in ``phase`` as one of square groups of ``elements`` PEs, each of which computes one product.
+
+        Raises ``MachineError`` where a side is no multiple of that of a group.
+        """
+        array, side = self.array(phase), math.isqrt(elements)
+        if array.rows % side or array.columns % side:
+            expected = (
+                f"sides that are multiples of {side}: {elements} PEs compute one product of up to 8 bits together"
+            )
+            raise MachineError(self.name, f"{phase}_array", f"{array.rows}x{array.columns}", expected)
+        return ArrayShape(rows=array.rows // side, columns=array.columns // side)
+
     def movement_cycles(self, phase: Phase) -> int:
         """Cycles by which the last PE of the array is behind the first (``docs/microarchitecture.md``, section 3)."""
         array = self.array(phase)
@@ -328,6 +340,61 @@ def _gobo() -> Accelerator:
     )
 
 
+def _integer_array(
+    system: str, element: ProcessingElementSpec, weight_format: str, sources: tuple[str, ...]
+) -> Accelerator:
+    """An array of 4-bit PEs with integer activations, as OliVe and ANT compare them."""
+    array = ArrayShape(rows=64, columns=64)
+    return Accelerator(
+        name=system,
+        system=system,
+        processing_element=element,
+        prefill_array=array,
+        decode_array=array,
+        movement="systolic",
+        prefill_format=weight_format,
+        decode_format=weight_format,
+        key_value_bits=8,
+        port_reads_per_step=1,
+        weight_buffer_bytes=128 * 1024,
+        activation_buffer_bytes=256 * 1024,
+        memory=get_dram("ideal@128"),
+        clock_mhz=500,
+        sources=(
+            *sources,
+            "banks of the buffers and the width of keys and values: not known; those of the machines of BitMoD's "
+            "comparison stand here",
+            "energy of a PE, and its area in 28 nm: not known",
+        ),
+    )
+
+
+def _olive_int() -> Accelerator:
+    return _integer_array(
+        "olive-int",
+        OutlierVictimSpec(activations="integer"),
+        "olive-w4a4",
+        (
+            "OliVe, ISCA 2023: an output-stationary systolic array of 4096 4-bit PEs with decoders on two borders, "
+            "four PEs for an 8-bit product; a PE takes 50.01 µm² in 22 nm",
+            "clock, buffers and external memory: not found for OliVe; those of ANT's public simulator stand here",
+        ),
+    )
+
+
+def _ant_int() -> Accelerator:
+    return _integer_array(
+        "ant-int",
+        FlintSpec(activations="integer"),
+        "ant-w4a4",
+        (
+            "ANT, MICRO 2022, configuration of its public simulator: 32 × 32 PEs of 8 bits, each four of 4 bits; "
+            "500 MHz; 128 KiB for weights, 256 KiB for activations; 1024 bits of external memory per cycle. Its "
+            "128 KiB for outputs are the write-back register here",
+        ),
+    )
+
+
 _PUBLISHED: dict[str, Callable[[], Accelerator]] = {
     "fp16": _fp16,
     "ant": _ant,
@@ -335,7 +402,12 @@ _PUBLISHED: dict[str, Callable[[], Accelerator]] = {
     "bitmod-lossless": lambda: _bitmod("bitmod-lossless", "int-w6g128", "int-w6g128"),
     "bitmod-lossy": lambda: _bitmod("bitmod-lossy", "bitmod-w4g128", "bitmod-w3g128"),
 }
-_SYSTEMS: dict[str, Callable[[], Accelerator]] = {**_PUBLISHED, "gobo": _gobo}
+_SYSTEMS: dict[str, Callable[[], Accelerator]] = {
+    **_PUBLISHED,
+    "gobo": _gobo,
+    "olive-int": _olive_int,
+    "ant-int": _ant_int,
+}
 BASELINE = "fp16"
 
 
@@ -424,7 +496,8 @@ def check_machine(accelerator: Accelerator) -> None:
     """Hold the parts of a machine against each other, in both phases, with its own formats.
 
     Raises ``MachineError`` (an ``InputError``) where the PE does not take its own formats or keys and values, where
-    sums of a group do not fit its accumulator, or where half a buffer is smaller than one dot-product step.
+    sums of a group do not fit its accumulator, where the array has no whole groups of the PEs that a product takes, or
+    where half a buffer is smaller than one dot-product step.
     """
     element = accelerator.processing_element
 
@@ -457,11 +530,18 @@ def check_machine(accelerator: Accelerator) -> None:
 
 def _step_bits(accelerator: Accelerator, phase: Phase, buffer: str) -> int:
     """Bits of one dot-product step of the whole array in a buffer; codes alone, scales stand beside them."""
-    array, lanes = accelerator.array(phase), accelerator.processing_element.lanes
+    element, key_value_bits = accelerator.processing_element, accelerator.key_value_bits
+    weights = get_format(accelerator.default_format(phase))
+    elements = element.processing_elements_per_product(weights)
+    key_value_elements = element.key_value_processing_elements_per_product(key_value_bits)
+    array, key_value_array = (accelerator.array_of_products(phase, count) for count in (elements, key_value_elements))
     if buffer == "activation_buffer_bytes":
-        return array.columns * lanes * ACTIVATION_BITS
-    widest = max(get_format(accelerator.default_format(phase)).weight_bits, accelerator.key_value_bits)
-    return array.rows * lanes * widest
+        bits = array.columns * element.activation_bits(weights)
+        key_value_bits = key_value_array.columns * element.key_value_activation_bits(key_value_bits)
+    else:
+        bits = array.rows * weights.weight_bits
+        key_value_bits *= key_value_array.rows
+    return element.lanes * max(bits, key_value_bits)
 
 
 def check_group(accelerator: Accelerator, weights: Format, inputs: int) -> None:

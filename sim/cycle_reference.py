@@ -16,7 +16,6 @@ from termwise.sim.cycle import CycleCount, StallCycles, Traffic, ValueTiming
 from termwise.sim.dram import DramCounts
 from termwise.sim.dram_reference import DramReference
 from termwise.sim.kernels import (
-    ACTIVATION_BYTES,
     OUTPUT_BYTES,
     PANELS,
     PARTIAL_SUM_BYTES,
@@ -129,6 +128,11 @@ def _rows_of(base: int, row_bytes: int, rows: range, begin: int, end: int) -> li
     return [_Piece(base + row * row_bytes + begin, end - begin) for row in rows]
 
 
+def _activation_bytes(program: TileProgram, inputs: int) -> int:
+    """Bytes of the first ``inputs`` activations of a token."""
+    return ceil_divide(inputs * program.activation_bits, 8)
+
+
 def _terms(
     program: TileProgram, steps: list[tuple[int, int]], begin: int, end: int, cycles: list[int], turns: int
 ) -> list[bool]:
@@ -148,7 +152,7 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
     all_steps = _steps(program)
     last_pass = ceil_divide(len(all_steps), program.segment_steps) - 1
     tile_columns = program.columns * program.token_groups
-    row_bytes = program.reduction * ACTIVATION_BYTES
+    row_bytes = _activation_bytes(program, program.reduction)
 
     def after(base: int, size: int) -> int:
         return ceil_divide(base + size, REGION_BYTES) * REGION_BYTES
@@ -201,7 +205,7 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
                 activation_content,
                 (column_tile, begin),
                 _rows_of(
-                    activation_base, row_bytes, tokens, inputs[0] * ACTIVATION_BYTES, inputs[1] * ACTIVATION_BYTES
+                    activation_base, row_bytes, tokens, *(_activation_bytes(program, position) for position in inputs)
                 ),
             )
             if new:

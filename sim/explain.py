@@ -28,7 +28,7 @@ from termwise.algorithms.workload import Gemm, Phase, check_count, check_phase, 
 from termwise.sim.accelerators import Accelerator, get_accelerator
 from termwise.sim.cycle import run_tile_program
 from termwise.sim.dram import Dram, get_dram
-from termwise.sim.kernels import ACTIVATION_BYTES, OUTPUT_BYTES
+from termwise.sim.kernels import OUTPUT_BYTES
 from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffic
 from termwise.sim.published import (
     PUBLISHED_2024,
@@ -124,7 +124,7 @@ class Explanation:
 
 def _closed_form(product: Product, accelerator: Accelerator) -> Cost:
     """Published overlap and refetch rules on a product with its true sizes, bytes and cycles per step."""
-    input_bytes = product.tokens * product.reduction * ACTIVATION_BYTES
+    input_bytes = product.tokens * ceil_divide(product.reduction * product.activation_bits, 8)
     weight_fetches, input_fetches = published_fetches(product.weight_total_bytes, input_bytes, accelerator)
     traffic = product.weight_total_bytes * weight_fetches + input_bytes * input_fetches
     traffic += product.tokens * product.outputs * OUTPUT_BYTES

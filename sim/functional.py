@@ -20,12 +20,21 @@ from termwise.algorithms.bit_serial import BitSerialSpec, booth_digits, fixed_po
 from termwise.algorithms.dictionary import DictionaryCoder, DictionarySpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.flint import FlintSpec
+from termwise.algorithms.formats import Format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.operands import HALF_BIAS, WeightOperands, split_half, weight_operands
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
 from termwise.algorithms.processing_element import ProcessingElementSpec
 from termwise.algorithms.quantize import QuantizedTensor
-from termwise.algorithms.reference import check_activations, half_weights, term_bases
+from termwise.algorithms.reference import (
+    LARGEST_SUM,
+    accumulator_error,
+    check_activations,
+    check_half_activations,
+    half_weights,
+    integer_operands,
+    term_bases,
+)
 
 TOKENS_AT_ONCE = 64
 """Columns of tokens that a kernel takes side by side: its state stays in the first-level cache."""
@@ -513,6 +522,7 @@ def multiply(
     Raises ``InputError`` as the reference does, and for groups whose exact sums do not fit into 62 bits.
     """
     check_activations(tensor, activations)
+    check_half_activations(spec)
     spec.cycles_per_step(tensor.format)
     split_half(activations)
     results = np.zeros((tensor.shape[0], activations.shape[0]), dtype=np.float32)
@@ -580,3 +590,46 @@ def _dictionary_product(
         part = np.zeros((tensor.shape[0], inputs.shape[1]), dtype=np.float32)
         _dictionary(inputs, codes, coder.dictionary, rows, columns, coder.values, part)
         results[:, block] = part
+
+
+OUTPUTS_AT_ONCE = 1024
+"""Rows of weights that an integer product takes together, in float64."""
+
+
+def multiply_integers(
+    spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor
+) -> NDArray[np.float32]:
+    """As ``termwise.algorithms.reference.multiply_integers``, every bit, by matrix products in float64.
+
+    These are exact in any order of summation: no sum of a group's products, nor of some of them, passes 2^31.
+    """
+    left, right = integer_operands(spec, weights, activations)
+    tokens = right.numerators.astype(np.float64)
+    token_scales = _scales_in_float64(right)
+    results = np.zeros((activations.shape[0], weights.shape[0]), dtype=np.float32)
+    for start in range(0, weights.shape[0], OUTPUTS_AT_ONCE):
+        rows = slice(start, start + OUTPUTS_AT_ONCE)
+        values = left.numerators[rows].astype(np.float64)
+        scales = _scales_in_float64(left, rows)
+        for group in range(left.groups):
+            columns = left.columns(group)
+            _check_accumulator(values[:, columns], tokens[:, columns], weights.format)
+            sums = (tokens[:, columns] @ values[:, columns].T).astype(np.float32)
+            # The product of two FP16 scales has 22 bits: exact in FP32.
+            results[:, rows] += sums * (token_scales * scales[:, group]).astype(np.float32)
+    return results
+
+
+def _scales_in_float64(operands: WeightOperands, rows: slice = slice(None)) -> NDArray[np.float64]:
+    """Scales of groups over their fractions, float64 [rows, groups]; exact."""
+    exponents = operands.scale_exponents[rows] - operands.fraction_bits[rows]
+    scales: NDArray[np.float64] = np.ldexp(operands.scale_significands[rows].astype(np.float64), exponents)
+    return scales
+
+
+def _check_accumulator(weights: NDArray[np.float64], activations: NDArray[np.float64], format: Format) -> None:
+    """Raises ``InputError`` where magnitudes of products of [outputs, inputs] and [tokens, inputs] sum to too much."""
+    magnitudes, others = np.abs(weights), np.abs(activations)
+    most = magnitudes.max() * others.max() * weights.shape[1]
+    if most > LARGEST_SUM and (others @ magnitudes.T).max() > LARGEST_SUM:
+        raise accumulator_error(format)

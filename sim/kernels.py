@@ -281,7 +281,7 @@ def serve_requests(
 
 # The product.
 
-ACTIVATION_BYTES = 2  # FP16
+ACTIVATION_BITS = 16  # FP16, where nothing else is said
 OUTPUT_BYTES = 2  # FP16
 PARTIAL_SUM_BYTES = 4  # FP32
 
@@ -356,6 +356,7 @@ class TileProgram(NamedTuple):
     panels_per_block: int  # stationary panels that share an allocation
     weight_allocation: int  # RESIDENT, PANELS or CHUNKS
     activation_allocation: int
+    activation_bits: int = ACTIVATION_BITS  # of an activation, packed in rows
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -376,6 +377,12 @@ def first_input(program: TileProgram, step: int) -> int:
     group_steps = -(-program.group_inputs // program.lanes)
     in_group = min(step % group_steps * program.lanes, program.group_inputs)
     return min(step // group_steps * program.group_inputs + in_group, program.reduction)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def activation_bytes(program: TileProgram, inputs: int) -> int:
+    """Bytes of the first ``inputs`` activations of a token, whose bits are packed: rounded up."""
+    return -(-inputs * program.activation_bits // 8)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -570,7 +577,7 @@ def _request_bytes(program: TileProgram, steps: int, cursor: NDArray[np.int64], 
         return 0
     if part == 1:
         begin_input, end_input = _inputs_of_chunk(program, steps, cursor)
-        return int(tokens * (end_input - begin_input) * ACTIVATION_BYTES)
+        return int(tokens * (activation_bytes(program, end_input) - activation_bytes(program, begin_input)))
     begin, end = _weight_bytes(program, steps, cursor)
     return int(end - begin)
 
@@ -628,11 +635,11 @@ def _serve_load(
         return int(serve_request(memory, state, begin, end - begin, READ, now))
     base = _region(program.weight_total_bytes)
     first_output, outputs, first_token, tokens = _tile_position(program, cursor)
-    row_bytes = program.reduction * ACTIVATION_BYTES
+    row_bytes = activation_bytes(program, program.reduction)
     if part == 1:
         begin_input, end_input = _inputs_of_chunk(program, steps, cursor)
-        size = (end_input - begin_input) * ACTIVATION_BYTES
-        begin = begin_input * ACTIVATION_BYTES
+        begin = activation_bytes(program, begin_input)
+        size = activation_bytes(program, end_input) - begin
         return int(_serve_pieces(memory, state, base, row_bytes, first_token, tokens, begin, size, READ, now))
     base += _region(program.tokens * row_bytes)
     address = base + _partial_sum_place(program, first_output, first_token)
@@ -650,7 +657,7 @@ def _serve_write_back(
 ) -> int:
     """The cycle at whose beginning a tile has been written to a memory with pages: partial sums or outputs."""
     first_output, outputs, first_token, tokens = tile
-    base = _region(program.weight_total_bytes) + _region(program.tokens * program.reduction * ACTIVATION_BYTES)
+    base = _region(program.weight_total_bytes) + _region(program.tokens * activation_bytes(program, program.reduction))
     if value_bytes == PARTIAL_SUM_BYTES:
         address = base + _partial_sum_place(program, first_output, first_token)
         return int(serve_request(memory, state, address, outputs * tokens * PARTIAL_SUM_BYTES, WRITE, now))

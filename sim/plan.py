@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from termwise.algorithms.errors import InputError
 from termwise.sim.cycle import Traffic
 from termwise.sim.kernels import (
-    ACTIVATION_BYTES,
+    ACTIVATION_BITS,
     CHUNKS,
     OUTPUT_BYTES,
     PANELS,
     PARTIAL_SUM_BYTES,
     RESIDENT,
     TileProgram,
+    activation_bytes,
     steps_of,
 )
 
@@ -57,6 +58,8 @@ class Product:
         drain_cycles: from a tile's last issue until its outputs may leave.
         weight_buffer_bytes, activation_buffer_bytes: both halves.
         burst_bytes: bytes that ideal memory moves in a cycle; 0 for a memory with pages.
+        activation_bits: bits of an activation, on chip and off.
+        elements_per_product: PEs that compute a product together; ``rows`` and ``columns`` count such groups.
     """
 
     tokens: int
@@ -75,6 +78,8 @@ class Product:
     activation_buffer_bytes: int
     burst_bytes: int
     token_groups: int = 1
+    activation_bits: int = ACTIVATION_BITS
+    elements_per_product: int = 1
 
 
 def ceil_divide(numerator: int, denominator: int) -> int:
@@ -109,7 +114,7 @@ def planned_traffic(program: TileProgram) -> Traffic:
     values = program.tokens * program.outputs
     return Traffic(
         weight_bytes=program.weight_total_bytes * weight_fetches,
-        activation_bytes=program.tokens * program.reduction * ACTIVATION_BYTES * activation_fetches,
+        activation_bytes=program.tokens * int(activation_bytes(program, program.reduction)) * activation_fetches,
         output_bytes=values * (OUTPUT_BYTES + 2 * (passes - 1) * PARTIAL_SUM_BYTES),
     )
 
@@ -128,7 +133,7 @@ def _whole(product: Product) -> TileProgram:
     columns = product.columns * token_groups
     fitting_inputs = min(
         4 * product.weight_buffer_bytes // (min(product.rows, product.outputs) * product.weight_buffer_bits),
-        4 * product.activation_buffer_bytes // (min(columns, product.tokens) * 8 * ACTIVATION_BYTES),
+        4 * product.activation_buffer_bytes // (min(columns, product.tokens) * product.activation_bits),
     )
     chunk_steps = min(int(fitting_inputs), MAXIMUM_CHUNK_INPUTS) // product.lanes
     if chunk_steps < 1:
@@ -157,6 +162,7 @@ def _whole(product: Product) -> TileProgram:
         panels_per_block=1,
         weight_allocation=CHUNKS,
         activation_allocation=CHUNKS,
+        activation_bits=product.activation_bits,
     )
     steps = int(steps_of(program))
     return program._replace(segment_steps=steps, chunk_steps=min(chunk_steps, steps))
@@ -178,8 +184,8 @@ def _candidate(product: Product, whole: TileProgram, passes: int, weights_statio
     )
     activation_kind, activation_panels = _allocation(
         ceil_divide(product.tokens, columns),
-        min(columns, product.tokens) * 8 * ACTIVATION_BYTES * segment_inputs,
-        product.tokens * product.reduction * 8 * ACTIVATION_BYTES,
+        min(columns, product.tokens) * product.activation_bits * segment_inputs,
+        product.tokens * product.reduction * product.activation_bits,
         product.activation_buffer_bytes,
     )
     return whole._replace(
@@ -226,7 +232,7 @@ def plan_product(product: Product, *, passes: int | None = None, weights_station
     whole = _whole(product)
     row_tiles, column_tiles, _ = tile_counts(whole)
     most_passes = MAXIMUM_PASSES if row_tiles * column_tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
-    values = product.tokens * (product.reduction * ACTIVATION_BYTES + product.outputs * OUTPUT_BYTES)
+    values = product.tokens * (int(activation_bytes(whole, product.reduction)) + product.outputs * OUTPUT_BYTES)
     least_bytes = product.weight_total_bytes + values
     best, best_bytes = whole, math.inf
     for pass_count in range(1, most_passes + 1) if passes is None else (passes,):

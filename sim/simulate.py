@@ -40,12 +40,13 @@ from typing import Any
 from termwise.algorithms.dictionary import EXPECTED_DEVIATION, expected_outlier_share, expected_packed_bytes
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.processing_element import HALF_BITS
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
 from termwise.sim.accelerators import Accelerator, check_group
 from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
 from termwise.sim.energy import EnergySet, energies_of
-from termwise.sim.kernels import ACTIVATION_BYTES, TileProgram
+from termwise.sim.kernels import TileProgram
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
 
 
@@ -224,23 +225,28 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
     """One product on the accelerator's array.
 
     Raises ``UnsupportedFormatError`` where the PE takes no ``weights``, and ``InputError`` where the sum of a group
-    does not fit its accumulator.
+    does not fit its accumulator, or the array cannot be divided into the groups of PEs that the weights need.
     """
     element = accelerator.processing_element
-    array = accelerator.array(phase)
     if gemm.operand == "weight":
         cycles_per_step = element.cycles_per_step(weights)
+        elements = element.processing_elements_per_product(weights)
+        array = accelerator.array_of_products(phase, elements)
         buffer_bits = element.buffer_bits(weights, gemm.outputs, gemm.reduction)
         total_bytes = _packed_bytes(weights, gemm.outputs, gemm.reduction)
         pipeline = element.pipeline(weights, gemm.reduction, min(array.rows, gemm.outputs))
         group_inputs = weights.group_size or 0
         check_group(accelerator, weights, min(group_inputs or gemm.reduction, gemm.reduction))
+        activation_bits = element.activation_bits(weights)
     else:
         cycles_per_step = element.key_value_cycles_per_step(accelerator.key_value_bits)
         buffer_bits = float(accelerator.key_value_bits)
         total_bytes = ceil_divide(gemm.outputs * gemm.reduction * accelerator.key_value_bits, 8)
         pipeline = element.key_value_pipeline(accelerator.key_value_bits)
         group_inputs = 0
+        elements = element.key_value_processing_elements_per_product(accelerator.key_value_bits)
+        array = accelerator.array_of_products(phase, elements)
+        activation_bits = element.key_value_activation_bits(accelerator.key_value_bits)
     return Product(
         tokens=gemm.tokens,
         reduction=gemm.reduction,
@@ -257,6 +263,8 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         weight_buffer_bytes=accelerator.weight_buffer_bytes,
         activation_buffer_bytes=accelerator.activation_buffer_bytes,
         burst_bytes=accelerator.memory.ideal_bytes_per_cycle or 0,
+        activation_bits=activation_bits,
+        elements_per_product=elements,
     )
 
 
@@ -323,7 +331,7 @@ def _energy(product: Product, count: CycleCount, charges: _Charges) -> Energy:
         "weight", product.lanes * product.weight_buffer_bits * product.rows / reads
     )
     activation_read_pj, activation_bit_pj, activation_leakage_mw = charges.buffer(
-        "activation", product.lanes * 8 * ACTIVATION_BYTES * product.columns / reads
+        "activation", product.lanes * product.activation_bits * product.columns / reads
     )
     # Weights may take more bits in the buffer than in external memory, where a decoder stands between the two.
     buffered_weight_bits = (
@@ -339,8 +347,9 @@ def _energy(product: Product, count: CycleCount, charges: _Charges) -> Energy:
     )
     dram_pj = charges.known(f"a bit of external memory {accelerator.memory.name}", lambda: energies.dram_pj_per_bit)
     leakage_mw = _total((weight_leakage_mw, activation_leakage_mw))
+    elements = product.rows * product.columns * product.elements_per_product
     return Energy(
-        pe_uj=_microjoules(_of_events(count.busy_cycles, _of_events(product.rows * product.columns, pe_pj))),
+        pe_uj=_microjoules(_of_events(count.busy_cycles, _of_events(elements, pe_pj))),
         sram_read_uj=_microjoules(
             _of_events(count.weight_reads * reads, weight_read_pj),
             _of_events(count.dot_product_steps * reads, activation_read_pj),
@@ -427,7 +436,8 @@ def simulate(
         layers.append(_layer(gemm, product, program, counts[program], charges))
         if progress is not None:
             progress(index + 1, len(gemms))
-    array = accelerator.array(phase)
+    elements = accelerator.processing_element.processing_elements_per_product(weights)
+    array = accelerator.array_of_products(phase, elements)
     cycles = sum(layer.cycles for layer in layers)
     useful = sum(layer.pe_utilization * layer.cycles for layer in layers)
     return Simulation(
@@ -487,10 +497,10 @@ def _notes(shape: ModelShape, accelerator: Accelerator, columns: int, layers: li
     if shape.attention is None:
         notes.append(f"the attention of {shape.name} is not known and not simulated")
     elif accelerator.key_value_bits < 16:
-        notes.append(
-            f"keys and values are {accelerator.key_value_bits}-bit integers here; the perplexities of termwise keep "
-            "them in floating point"
-        )
+        bits = accelerator.key_value_bits
+        partners = accelerator.processing_element.key_value_activation_bits(bits)
+        which = "keys and values" if partners == HALF_BITS else "keys, values, queries and attention probabilities"
+        notes.append(f"{which} are {bits}-bit integers here; the perplexities of termwise keep them in floating point")
     tokens = max((layer.tokens for layer in layers if layer.operand == "weight"), default=columns)
     if tokens < columns:
         notes.append(f"{tokens} of {columns} array columns have a token to work on in the linear layers")

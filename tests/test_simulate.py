@@ -79,6 +79,7 @@ def products(draw: st.DrawFn) -> Product:
         activation_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
         burst_bytes=draw(st.sampled_from([1, 2, 5, 8, 32, 1000])),
         token_groups=min(draw(st.sampled_from([1, 1, 2, 3])), 16 // columns),  # a step fits in the smallest half
+        activation_bits=draw(st.sampled_from([16, 16, 8, 4, 5, 3])),
     )
 
 
@@ -234,7 +235,7 @@ def test_traffic_is_the_planned_one_and_moves_everything_at_least_once(program: 
     assert traffic == planned_traffic(program)
     assert traffic.weight_bytes % program.weight_total_bytes == 0
     assert traffic.weight_bytes >= program.weight_total_bytes
-    assert traffic.activation_bytes >= 2 * program.tokens * program.reduction
+    assert traffic.activation_bytes >= program.tokens * ceil_divide(program.reduction * program.activation_bits, 8)
     assert traffic.output_bytes >= 2 * program.tokens * program.outputs
 
 
