@@ -182,6 +182,14 @@ def _alike(shape: ModelShape) -> dict[tuple[str, LinearShape, bool], int]:
     }
 
 
+def layers_alike(shape: ModelShape) -> dict[tuple[str, int, int], tuple[str, ...]]:
+    """Names of the linear layers behind the products of ``workload``, by the product's name, outputs and reduction."""
+    names: dict[tuple[str, int, int], list[str]] = {}
+    for linear in shape.linears:
+        names.setdefault((_pattern(linear.name), linear.outputs, linear.inputs), []).append(linear.name)
+    return {key: tuple(found) for key, found in names.items()}
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _pattern(name: str) -> str:
     """A layer's name with ``*`` in the place of numbers."""

@@ -29,8 +29,10 @@ from termwise.flow import console
 if TYPE_CHECKING:
     from termwise.algorithms.formats import Format
     from termwise.algorithms.models import Model
+    from termwise.algorithms.quantize import QuantizedTensor
     from termwise.flow.layer_kinds import Analysis
     from termwise.flow.quality import Calibration
+    from termwise.flow.subject import Subject
     from termwise.flow.sweep import Progress
     from termwise.sim.accelerators import Accelerator
 
@@ -772,6 +774,10 @@ def _calibration(
     help="Softmax, norms and the like on a vector unit of N lanes.  [default: left out]",
 )
 @click.option(
+    "--values", is_flag=True, help="Quantize the model's weights and simulate what depends on their values from them."
+)
+@click.option("--stepped", is_flag=True, help="Simulate every event; by default what repeats is counted once, exactly.")
+@click.option(
     "--model-of",
     default="cycle",
     show_default=True,
@@ -793,6 +799,8 @@ def simulate(
     energy_set: str | None,
     batch: int,
     vector_lanes: int | None,
+    values: bool,
+    stepped: bool,
     model_of: str,
     out: Path | None,
     as_json: bool,
@@ -808,6 +816,7 @@ def simulate(
       termwise simulate opt-1.3b --accelerator fp16 --phase generation --output-tokens 128
       termwise simulate opt-1.3b --accelerator bitmod-lossy --memory hbm2e
       termwise simulate opt-1.3b --accelerator bitmod-lossy --vector-lanes 64 --json
+      termwise simulate tiny --accelerator machine.toml --values
     """
     from termwise.algorithms.formats import get_format
     from termwise.algorithms.workload import PHASES, check_phase
@@ -839,13 +848,16 @@ def simulate(
                 "--memory": memory_name,
                 "--energy-set": energy_set,
                 "--vector-lanes": vector_lanes,
+                "--values": values or None,
+                "--stepped": stepped or None,
                 "--out": out,
             },
             phase,
         )
     if out is not None:
         check_new_folder(out)
-    shape = open_subject(model).shape
+    subject = open_subject(model)
+    shape = subject.shape
     if state is not None:
         document = simulate_published(
             shape, accelerator, phase=check_phase(phase), context=context, batch=batch, state=state
@@ -862,6 +874,10 @@ def simulate(
     from termwise.sim.vector_unit import VectorUnit
 
     unit = None if vector_lanes is None else VectorUnit(lanes=vector_lanes)
+    tensors = None
+    if values:
+        stored = format or get_format(accelerator.default_format("prefill" if phase == "prefill" else "decode"))
+        tensors = _quantized(subject, stored)
     with _bar(f"{shape.name} on {accelerator.name}", "step" if phase == "generation" else "product") as (
         begin,
         advance,
@@ -880,6 +896,8 @@ def simulate(
                 output_tokens=256 if output_tokens is None else output_tokens,
                 batch=batch,
                 vector_unit=unit,
+                tensors=tensors,
+                stepped=stepped,
                 progress=told,
             )
         else:
@@ -891,6 +909,8 @@ def simulate(
                 context=context,
                 batch=batch,
                 vector_unit=unit,
+                tensors=tensors,
+                stepped=stepped,
                 progress=told,
             )
     analysis = analyse(document, accelerator, shape.head)
@@ -914,8 +934,9 @@ def _check_published(model_of: str, options: dict[str, object], phase: str) -> N
         )
     for option, value in options.items():
         if value is not None:
+            given = option if value is True else f"{option} {value}"
             raise InputError(
-                f"{option} {value}: the published model has precisions, memory and energies of its own, and neither a "
+                f"{given}: the published model has precisions, memory and energies of its own, and neither a "
                 f"vector unit nor layers to draw; expected no {option} with --model-of {model_of}"
             )
 
@@ -947,6 +968,16 @@ def _bar(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callabl
             bar.refresh()
 
         yield begin, lambda: (bar.update(1), None)[1]
+
+
+def _quantized(subject: Subject, format: Format) -> Callable[[str], QuantizedTensor]:
+    """The weights of a layer by its name, quantized when they are asked for."""
+    from termwise.algorithms.quantize import quantize
+
+    model = subject.model
+    if model is None:
+        raise InputError(f"--values: {subject.name} has no weights ({subject.no_weights_reason}); expected some")
+    return lambda name: quantize(model.matrix(name), format, name=name)
 
 
 def _print_simulation(analysis: Analysis) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.quantize import QuantizedTensor
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Phase, check_count, vector_operations, workload
 from termwise.sim.accelerators import Accelerator
@@ -24,6 +25,9 @@ from termwise.sim.vector_unit import CAUSE, EXAMPLE_LANES, VectorUnit, VectorWor
 
 Progress = Callable[[int, int], None]
 """Is called with the parts that are finished and their number."""
+
+Tensors = Callable[[str], QuantizedTensor]
+"""The weights of a linear layer by its name; see ``simulate``."""
 
 
 def simulate_phase(
@@ -35,6 +39,8 @@ def simulate_phase(
     context: int = 256,
     batch: int = 1,
     vector_unit: VectorUnit | None = None,
+    tensors: Tensors | None = None,
+    stepped: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """``simulate(...).to_dict()`` with the vector operations on ``vector_unit``, or a note that they are left out.
@@ -43,7 +49,15 @@ def simulate_phase(
     follows from it include them. Raises ``InputError`` as ``simulate`` does.
     """
     document = simulate(
-        shape, accelerator, phase=phase, weights=weights, context=context, batch=batch, progress=progress
+        shape,
+        accelerator,
+        phase=phase,
+        weights=weights,
+        context=context,
+        batch=batch,
+        tensors=tensors,
+        stepped=stepped,
+        progress=progress,
     ).to_dict()
     work = VectorWork(vector_unit or VectorUnit(lanes=EXAMPLE_LANES))
     work.add(vector_operations(shape, phase=phase, context=context, batch=batch))
@@ -82,6 +96,8 @@ def simulate_generation(
     output_tokens: int = 256,
     batch: int = 1,
     vector_unit: VectorUnit | None = None,
+    tensors: Tensors | None = None,
+    stepped: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Simulate a prompt of ``context`` tokens and ``output_tokens`` new ones for ``batch`` sequences.
@@ -102,7 +118,16 @@ def simulate_generation(
     work = VectorWork(vector_unit or VectorUnit(lanes=EXAMPLE_LANES))
 
     def document_of(phase: Phase, shape: ModelShape = shape, cached: int = context) -> dict[str, Any]:
-        return simulate(shape, accelerator, phase=phase, weights=weights, context=cached, batch=batch).to_dict()
+        return simulate(
+            shape,
+            accelerator,
+            phase=phase,
+            weights=weights,
+            context=cached,
+            batch=batch,
+            tensors=tensors,
+            stepped=stepped,
+        ).to_dict()
 
     def vector_cycles(phase: Phase, cached: int) -> int:
         """Cycles of the vector operations of one phase that count, and adds them to ``work``."""

@@ -34,20 +34,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from termwise.algorithms.dictionary import EXPECTED_DEVIATION, expected_outlier_share, expected_packed_bytes
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.processing_element import HALF_BITS
+from termwise.algorithms.quantize import QuantizedTensor
 from termwise.algorithms.shapes import ModelShape
-from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, workload
+from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, layers_alike, workload
 from termwise.sim.accelerators import Accelerator, check_group
 from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
 from termwise.sim.energy import EnergySet, energies_of
 from termwise.sim.kernels import TileProgram
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
+from termwise.sim.value_timing import value_timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,18 +372,27 @@ def _useful_pe_cycles(product: Product) -> int:
     return product.outputs * product.tokens * steps * product.cycles_per_step
 
 
-def _times(repeats: int, count: CycleCount) -> tuple[StallCycles, Traffic]:
-    stalls = StallCycles().plus(count.stalls, repeats)
-    traffic = Traffic(
-        weight_bytes=repeats * count.traffic.weight_bytes,
-        activation_bytes=repeats * count.traffic.activation_bytes,
-        output_bytes=repeats * count.traffic.output_bytes,
-    )
-    return stalls, traffic
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One product as it was simulated, ``repeats`` times; ``useful_pe_cycles`` as ``_useful_pe_cycles`` of each."""
+
+    product: Product
+    program: TileProgram
+    count: CycleCount
+    useful_pe_cycles: int
+    repeats: int
 
 
-def _layer(gemm: Gemm, product: Product, program: TileProgram, count: CycleCount, charges: _Charges) -> LayerSimulation:
-    stalls, traffic = _times(gemm.repeats, count)
+def _layer(gemm: Gemm, runs: Sequence[_Run], charges: _Charges) -> LayerSimulation:
+    def total(amount: Callable[[CycleCount], int]) -> int:
+        return sum(run.repeats * amount(run.count) for run in runs)
+
+    stalls = StallCycles()
+    for run in runs:
+        stalls = stalls.plus(run.count.stalls, run.repeats)
+    cycles = total(lambda count: count.cycles)
+    product = runs[0].product
+    useful = sum(run.repeats * run.useful_pe_cycles for run in runs)
     return LayerSimulation(
         name=gemm.name,
         operand=gemm.operand,
@@ -387,14 +400,56 @@ def _layer(gemm: Gemm, product: Product, program: TileProgram, count: CycleCount
         reduction=gemm.reduction,
         outputs=gemm.outputs,
         repeats=gemm.repeats,
-        passes=tile_counts(program)[2],
-        cycles=gemm.repeats * count.cycles,
-        busy_cycles=gemm.repeats * count.busy_cycles,
+        passes=tile_counts(runs[0].program)[2],
+        cycles=cycles,
+        busy_cycles=total(lambda count: count.busy_cycles),
         stall_cycles=stalls,
-        traffic=traffic,
-        energy=_energy(product, count, charges).times(gemm.repeats),
-        pe_utilization=_useful_pe_cycles(product) / (product.rows * product.columns * count.cycles),
+        traffic=Traffic(
+            weight_bytes=total(lambda count: count.traffic.weight_bytes),
+            activation_bytes=total(lambda count: count.traffic.activation_bytes),
+            output_bytes=total(lambda count: count.traffic.output_bytes),
+        ),
+        energy=_summed([_energy(run.product, run.count, charges).times(run.repeats) for run in runs]),
+        pe_utilization=useful / (product.rows * product.columns * cycles),
     )
+
+
+class _Machine:
+    """The accelerator in one phase, with the products that it has computed."""
+
+    def __init__(self, accelerator: Accelerator, phase: Phase, weights: Format, *, stepped: bool) -> None:
+        self.accelerator, self.phase, self.weights, self.stepped = accelerator, phase, weights, stepped
+        ideal = accelerator.memory.ideal_bytes_per_cycle is not None
+        self._memory = None if ideal else accelerator.memory.timing(accelerator.clock_mhz)
+        self._counts: dict[TileProgram, CycleCount] = {}
+
+    def run(self, gemm: Gemm) -> _Run:
+        """All repeats of a product, whose values are not known."""
+        product = product_of(gemm, self.accelerator, self.phase, self.weights)
+        program = plan_product(product)
+        if program not in self._counts:
+            self._counts[program] = run_tile_program(program, memory=self._memory, fast_forward=not self.stepped)
+        return _Run(
+            product=product,
+            program=program,
+            count=self._counts[program],
+            useful_pe_cycles=_useful_pe_cycles(product),
+            repeats=gemm.repeats,
+        )
+
+    def run_values(self, gemm: Gemm, tensor: QuantizedTensor) -> _Run:
+        """One of the repeats of a product with weights, those of ``tensor``."""
+        product = product_of(gemm, self.accelerator, self.phase, self.weights)
+        product = replace(product, weight_total_bytes=tensor.nbytes)
+        program = plan_product(product)
+        timing = value_timing(self.accelerator.processing_element, tensor, product.rows)
+        movement = self.accelerator.movement_cycles(self.phase)
+        values = replace(timing, drain_cycles=timing.drain_cycles + movement)
+        count = run_tile_program(program, memory=self._memory, values=values, fast_forward=not self.stepped)
+        rows = np.full(len(timing.step_cycles), product.rows)
+        rows[-1] = product.outputs - product.rows * (len(rows) - 1)
+        useful = product.tokens * int(rows @ timing.step_cycles.sum(axis=1, dtype=np.int64))
+        return _Run(product=product, program=program, count=count, useful_pe_cycles=useful, repeats=1)
 
 
 def simulate(
@@ -405,14 +460,16 @@ def simulate(
     weights: Format | None = None,
     context: int = 256,
     batch: int = 1,
+    tensors: Callable[[str], QuantizedTensor] | None = None,
     stepped: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Simulate one prefill of ``context`` tokens, or one decode step over ``context`` cached tokens.
 
-    ``weights`` is the format of all linear layers, the accelerator's own for the phase where it is None. ``stepped``
-    simulates every event, where else what repeats is counted once; the results are the same. ``progress`` is called
-    with the distinct products finished and their number.
+    ``weights`` is the format of all linear layers, the accelerator's own for the phase where it is None. ``tensors``
+    gives the weights of a linear layer by its name, in that format: then what depends on the values is simulated from
+    them, layer by layer (``termwise.sim.value_timing``). ``stepped`` simulates every event, where else what repeats is
+    counted once; the results are the same. ``progress`` is called with the products finished and their number.
 
     Raises ``InputError`` for an unknown phase, a context or batch below 1 or an array that does not fit the buffers,
     and ``UnsupportedFormatError`` (an ``InputError``) where the PE has no way to take ``weights``.
@@ -420,22 +477,30 @@ def simulate(
     phase = check_phase(phase)
     if weights is None:
         weights = get_format(accelerator.default_format(phase))
-    memory = None
-    if accelerator.memory.ideal_bytes_per_cycle is None:
-        memory = accelerator.memory.timing(accelerator.clock_mhz)
     energies = energies_of(accelerator)
     charges = _Charges(accelerator, energies)
+    machine = _Machine(accelerator, phase, weights, stepped=stepped)
     gemms = workload(shape, phase=phase, context=context, batch=batch)
-    counts: dict[TileProgram, CycleCount] = {}
+    alike = {} if tensors is None else layers_alike(shape)
+    runs = sum(len(alike.get((gemm.name, gemm.outputs, gemm.reduction), (gemm.name,))) for gemm in gemms)
+    done = 0
     layers: list[LayerSimulation] = []
-    for index, gemm in enumerate(gemms):
-        product = product_of(gemm, accelerator, phase, weights)
-        program = plan_product(product)
-        if program not in counts:
-            counts[program] = run_tile_program(program, memory=memory, fast_forward=not stepped)
-        layers.append(_layer(gemm, product, program, counts[program], charges))
-        if progress is not None:
-            progress(index + 1, len(gemms))
+    for gemm in gemms:
+        found = []
+        names = alike.get((gemm.name, gemm.outputs, gemm.reduction), ()) if gemm.operand == "weight" else ()
+        if names and len(names) != gemm.repeats:
+            raise InputError(
+                f"{gemm.name}: which tokens pass which of {len(names)} layers is not known; "
+                "expected a model without experts where values are simulated"
+            )
+        for name in names or (None,):
+            found.append(
+                machine.run(gemm) if name is None or tensors is None else machine.run_values(gemm, tensors(name))
+            )
+            done += 1
+            if progress is not None:
+                progress(done, runs)
+        layers.append(_layer(gemm, found, charges))
     elements = accelerator.processing_element.processing_elements_per_product(weights)
     array = accelerator.array_of_products(phase, elements)
     cycles = sum(layer.cycles for layer in layers)
@@ -464,15 +529,20 @@ def simulate(
         layers=tuple(layers),
         notes=(
             *charges.notes(),
-            *_expected_outliers(weights),
+            *(_without_values(accelerator, weights) if tensors is None else (VALUES_NOTE,)),
             *_short_groups(shape, weights),
             *_notes(shape, accelerator, array.columns, layers),
         ),
     )
 
 
-def _expected_outliers(weights: Format) -> tuple[str, ...]:
-    """That the number of outliers is no count, where the format has a list of them."""
+VALUES_NOTE = "steps and drains are those of the values of the weights"
+
+
+def _without_values(accelerator: Accelerator, weights: Format) -> tuple[str, ...]:
+    """What depends on the values of weights that are not at hand."""
+    if getattr(accelerator.processing_element, "skip_zero_terms", "none") != "none":
+        return ("no zero terms are skipped here, because they depend on the values of the weights",)
     if weights.family != "gobo":
         return ()
     share = expected_outlier_share(float(weights.option("threshold")), EXPECTED_DEVIATION)

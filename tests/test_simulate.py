@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.bit_serial import BitSerialSpec, Skipping
 from termwise.algorithms.dictionary import expected_packed_bytes
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
 from termwise.algorithms.processing_element import UnsupportedFormatError
+from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Phase, workload
 from termwise.sim.accelerators import get_accelerator, published_accelerator_names
@@ -29,6 +30,7 @@ from termwise.sim.plan import Product, ceil_divide, plan_product, planned_traffi
 from termwise.sim.published import PUBLISHED_2025, PUBLISHED_STATES, PublishedState, simulate_published
 from termwise.sim.simulate import Simulation, product_of, simulate
 from termwise.sim.sram import SramModel
+from termwise.sim.value_timing import value_timing
 
 Runner = Callable[[TileProgram], CycleCount]
 RUNNERS = pytest.mark.parametrize("run", [run_tile_program, run_tile_program_by_cycles], ids=["kernel", "reference"])
@@ -617,3 +619,257 @@ def test_the_attention_of_2025_has_the_true_shapes() -> None:
 def test_the_documented_table_is_what_the_code_computes() -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
     assert batch_table() in text, "docs/simulator.md is out of date: python -m termwise.sim.explain"
+
+
+# Values.
+
+
+def _tensors(shape: ModelShape, name: str) -> Callable[[str], QuantizedTensor]:
+    sizes = {linear.name: (linear.outputs, linear.inputs) for linear in shape.linears}
+    random = np.random.default_rng(0)
+    values = {name: (random.standard_t(3, size) * 0.05).astype(np.float32) for name, size in sizes.items()}
+    return lambda layer: quantize(values[layer], name)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("system", published_accelerator_names())
+def test_values_change_nothing_where_nothing_depends_on_them(
+    small_shape: ModelShape, system: str, phase: Phase
+) -> None:
+    accelerator = get_accelerator(f"{system}@8x4")
+    name = accelerator.default_format(phase)
+    expected = simulate(small_shape, accelerator, phase=phase, context=9).to_dict()
+    found = simulate(small_shape, accelerator, phase=phase, context=9, tensors=_tensors(small_shape, name)).to_dict()
+    notes = set(found.pop("notes")) - set(expected.pop("notes"))
+    assert notes == {"steps and drains are those of the values of the weights"}
+    for layer in (*expected["layers"], *found["layers"]):
+        # Of a layer once times its repeats, and of all layers one after the other: rounded once for each.
+        layer["energy_uj"] = {part: pytest.approx(uj, rel=1e-13) for part, uj in layer["energy_uj"].items()}
+        layer["pe_utilization"] = pytest.approx(layer["pe_utilization"], rel=1e-13)
+    for document in (expected, found):
+        for key in ("pe_utilization", "energy_per_token_uj"):
+            document[key] = round(document[key], 9)
+        document["energy_uj"] = {part: round(uj, 9) for part, uj in document["energy_uj"].items()}
+    for key in set(expected) - {"layers"}:
+        assert found[key] == expected[key], key
+    for mine, other in zip(found["layers"], expected["layers"], strict=True):
+        for key in set(mine) - {"energy_uj", "pe_utilization"}:
+            assert mine[key] == other[key], key
+
+
+def test_outliers_of_a_dictionary_are_expected_and_said(small_shape: ModelShape) -> None:
+    result = simulate(small_shape, get_accelerator("gobo"), phase="decode", context=4)
+    expected = sum(
+        expected_packed_bytes(get_format("gobo-w3"), linear.outputs, linear.inputs) for linear in small_shape.linears
+    )
+    found = sum(layer.traffic.weight_bytes for layer in result.layers if layer.operand == "weight")
+    assert found == expected
+    assert any("outliers of gobo-w3 are not counted but expected: 0.1 %" in note for note in result.notes)
+
+
+def test_fewer_bits_cost_fewer_bytes_and_terms_set_the_compute(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    results = {
+        name: simulate(small_shape, accelerator, phase="decode", weights=get_format(name))
+        for name in ("int-w8g128", "int-w6g128", "bitmod-w4g128", "bitmod-w3g128")
+    }
+    traffic = [result.traffic.weight_bytes for result in results.values()]
+    assert traffic == sorted(traffic, reverse=True)
+
+    def linear_compute(result: Simulation) -> int:
+        return sum(layer.busy_cycles for layer in result.layers if layer.operand == "weight")
+
+    compute = [linear_compute(result) for result in results.values()]
+    assert compute[0] * 3 == compute[1] * 4
+    assert compute[1] * 2 == compute[2] * 3
+    assert compute[2] == compute[3]
+
+
+def test_batch_of_decode_shares_the_weights(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    one = simulate(small_shape, accelerator, phase="decode", batch=1)
+    many = simulate(small_shape, accelerator, phase="decode", batch=8)
+    assert many.cycles < 8 * one.cycles
+    for single, batched in zip(one.layers, many.layers, strict=True):
+        if single.operand == "weight":
+            assert batched.traffic.weight_bytes == single.traffic.weight_bytes
+        else:
+            assert batched.cycles == 8 * single.cycles
+
+
+def test_format_that_the_processing_element_cannot_take_is_refused(small_shape: ModelShape) -> None:
+    with pytest.raises(UnsupportedFormatError, match="fp16"):
+        simulate(small_shape, get_accelerator("bitmod-lossy"), phase="decode", weights=get_format("fp16"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"phase": "x"}, "unknown phase"), ({"context": 0}, "context is 0"), ({"batch": 0}, "batch is 0")],
+)
+def test_bad_input_is_refused(small_shape: ModelShape, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        simulate(small_shape, get_accelerator("fp16"), **{"phase": "prefill", **arguments})  # type: ignore[arg-type]
+
+
+def test_notes_say_what_to_know(small_shape: ModelShape) -> None:
+    quantized = simulate(small_shape, get_accelerator("bitmod-lossy"), phase="decode")
+    assert any("8-bit integers" in note for note in quantized.notes)
+    assert any("1 of 16 array columns" in note for note in quantized.notes)
+    bare = dataclasses.replace(small_shape, attention=None)
+    result = simulate(bare, get_accelerator("fp16"), phase="prefill")
+    assert any("not simulated" in note for note in result.notes)
+    assert {layer.operand for layer in result.layers} == {"weight"}
+
+
+def test_short_groups_are_said(small_shape: ModelShape) -> None:
+    accelerator = get_accelerator("bitmod-lossy")
+    inputs = {linear.inputs for linear in small_shape.linears}
+    odd = simulate(small_shape, accelerator, phase="decode", weights=get_format("int-w4g48"))
+    assert any(value % 48 for value in inputs)
+    assert any("the last group of every row is short in" in note for note in odd.notes)
+    even = simulate(small_shape, accelerator, phase="decode", weights=get_format("int-w4"))
+    assert not any("short" in note for note in even.notes)
+
+
+def test_progress_counts_the_distinct_products(small_shape: ModelShape) -> None:
+    calls: list[tuple[int, int]] = []
+    simulate(
+        small_shape, get_accelerator("fp16"), phase="prefill", progress=lambda done, count: calls.append((done, count))
+    )
+    assert calls == [(index, 7) for index in range(1, 8)]
+
+
+# Both models side by side.
+
+
+@pytest.mark.parametrize("accelerator", published_accelerator_names())
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("state", PUBLISHED_STATES.values(), ids=PUBLISHED_STATES)
+def test_reasons_add_up_to_the_difference(accelerator: str, phase: Phase, state: PublishedState) -> None:
+    shape, machine = known_shape("llama-3-8b"), get_accelerator(accelerator)
+    explanation = explain(shape, machine, phase=phase, state=state)
+    published = simulate_published(shape, machine, phase=phase, state=state)
+    simulated = simulate(shape, machine, phase=phase)
+    assert (explanation.published_cycles, explanation.published_energy_uj) == (published.cycles, published.energy_uj)
+    assert (explanation.cycles, explanation.energy_uj) == (simulated.cycles, simulated.energy.total_uj)
+    assert tuple(explanation.reasons) == REASONS
+    assert sum(explanation.reasons.values()) == explanation.cycles - explanation.published_cycles
+    assert explanation.reasons["overlap"] > 0
+    assert explanation.reasons["weight_metadata"] >= 0
+    if phase == "decode":
+        assert explanation.reasons["head_tokens"] == 0
+    if accelerator == "fp16":
+        assert explanation.reasons["weight_precision"] == explanation.reasons["weight_metadata"] == 0
+    document = explanation.to_dict()
+    assert document["state"] == state.name
+    assert json.loads(json.dumps(document)) == document
+    for model in ("published", "cycle"):
+        total = sum(entry[model]["cycles"] for entry in document["classes"].values())
+        assert total == document["published_cycles" if model == "published" else "cycles"]
+
+
+def test_the_attention_of_2025_has_the_true_shapes() -> None:
+    """One key-value head, the same width of keys and values: nothing is left for the reason ``attention_shape``."""
+    shape = ModelShape(
+        name="one head",
+        linears=(LinearShape(name="fc", outputs=64, inputs=64),),
+        attention=AttentionShape(layers=2, heads=1, key_value_heads=1, head_size=64),
+        head=None,
+    )
+    for accelerator in ("fp16", "bitmod-lossy"):
+        for phase in PHASES:
+            machine = get_accelerator(accelerator)
+            explanation = explain(shape, machine, phase=phase, state=PUBLISHED_2025)
+            assert explanation.reasons["attention_shape"] == 0
+            assert explain(shape, machine, phase=phase).reasons["attention_shape"] != 0
+
+
+def test_the_documented_table_is_what_the_code_computes() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
+    assert batch_table() in text, "docs/simulator.md is out of date: python -m termwise.sim.explain"
+
+
+# Values.
+
+
+def _tensors(shape: ModelShape, name: str) -> Callable[[str], QuantizedTensor]:
+    sizes = {linear.name: (linear.outputs, linear.inputs) for linear in shape.linears}
+    random = np.random.default_rng(0)
+    values = {name: (random.standard_t(3, size) * 0.05).astype(np.float32) for name, size in sizes.items()}
+    return lambda layer: quantize(values[layer], name)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("system", published_accelerator_names())
+def test_values_change_nothing_where_nothing_depends_on_them(
+    small_shape: ModelShape, system: str, phase: Phase
+) -> None:
+    accelerator = get_accelerator(f"{system}@8x4")
+    name = accelerator.default_format(phase)
+    expected = simulate(small_shape, accelerator, phase=phase, context=9).to_dict()
+    found = simulate(small_shape, accelerator, phase=phase, context=9, tensors=_tensors(small_shape, name)).to_dict()
+    notes = set(found.pop("notes")) - set(expected.pop("notes"))
+    assert notes == {"steps and drains are those of the values of the weights"}
+    for layer in (*expected["layers"], *found["layers"]):
+        # Of a layer once times its repeats, and of all layers one after the other: rounded once for each.
+        layer["energy_uj"] = {part: pytest.approx(uj, rel=1e-13) for part, uj in layer["energy_uj"].items()}
+        layer["pe_utilization"] = pytest.approx(layer["pe_utilization"], rel=1e-13)
+    for document in (expected, found):
+        for key in ("pe_utilization", "energy_per_token_uj"):
+            document[key] = round(document[key], 9)
+        document["energy_uj"] = {part: round(uj, 9) for part, uj in document["energy_uj"].items()}
+    for key in set(expected) - {"layers"}:
+        assert found[key] == expected[key], key
+    for mine, other in zip(found["layers"], expected["layers"], strict=True):
+        for key in set(mine) - {"energy_uj", "pe_utilization"}:
+            assert mine[key] == other[key], key
+
+
+def test_skipped_terms_save_cycles_and_never_useful_work(small_shape: ModelShape) -> None:
+    base = get_accelerator("bitmod-lossy@8x4")
+    tensors = _tensors(small_shape, "bitmod-w4g128")
+    found = {}
+    skips: tuple[Skipping, ...] = ("none", "tile", "row")
+    for skip in skips:
+        machine = dataclasses.replace(base, processing_element=BitSerialSpec(skip_zero_terms=skip))
+        found[skip] = simulate(
+            small_shape, machine, phase="prefill", context=16, weights=get_format("bitmod-w4g128"), tensors=tensors
+        )
+        without = simulate(small_shape, machine, phase="prefill", context=16, weights=get_format("bitmod-w4g128"))
+        assert without.busy_cycles == found["none"].busy_cycles
+        assert any("no zero terms are skipped" in note for note in without.notes) == (skip != "none")
+        assert 0 < found[skip].pe_utilization <= 1
+        assert found[skip].stall_cycles.total + found[skip].busy_cycles == found[skip].cycles
+    assert found["row"].busy_cycles < found["tile"].busy_cycles < found["none"].busy_cycles
+    assert found["row"].cycles < found["none"].cycles
+
+
+def test_outliers_of_a_dictionary_are_those_of_the_weights(small_shape: ModelShape) -> None:
+    machine = get_accelerator("gobo@8x4")
+    tensors = _tensors(small_shape, "gobo-w3")
+    found = simulate(small_shape, machine, phase="decode", context=4, weights=get_format("gobo-w3"), tensors=tensors)
+    expected = 0
+    row_bytes = 0
+    for linear in small_shape.linears:
+        tensor = tensors(linear.name)
+        row_bytes += tensor.nbytes
+        expected += int(value_timing(machine.processing_element, tensor, 8).drain_cycles.sum())
+    linears = [layer for layer in found.layers if layer.operand == "weight"]
+    assert sum(layer.stall_cycles.drain for layer in linears) == expected
+    assert sum(layer.traffic.weight_bytes for layer in linears) == row_bytes
+
+
+def test_experts_that_only_some_tokens_pass_have_no_values(small_shape: ModelShape) -> None:
+    experts = tuple(
+        LinearShape(name=f"layers.0.experts.{index}.up", outputs=64, inputs=64, experts=8, experts_per_token=2)
+        for index in range(8)
+    )
+    shape = dataclasses.replace(small_shape, linears=experts, head=None)
+    with pytest.raises(InputError, match="which tokens pass which of 8 layers"):
+        simulate(
+            shape,
+            get_accelerator("bitmod-lossy"),
+            phase="decode",
+            tensors=_tensors(shape, "bitmod-w4g128"),
+            weights=get_format("bitmod-w4g128"),
+        )
