@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.fp16_mac import Fp16MacSpec
+from termwise.algorithms.outlier_victim import OutlierVictimSpec
 from termwise.flow.cli import main
 from termwise.flow.specification import read_specification
 from termwise.sim.accelerators import Accelerator, ArrayShape, accelerator_names, get_accelerator
@@ -57,6 +59,8 @@ def machines(draw: st.DrawFn) -> Accelerator:
     if draw(st.booleans()):
         memory = dataclasses.replace(memory, name="other", energy_pj_per_bit=draw(st.none() | positive))
     side = st.builds(ArrayShape, rows=st.integers(1, 64), columns=st.integers(1, 64))
+    group = math.isqrt(element.key_value_processing_elements_per_product(base.key_value_bits))
+    side = side.map(lambda array: ArrayShape(rows=group * array.rows, columns=group * array.columns))
     return dataclasses.replace(
         base,
         name="mine",
@@ -96,6 +100,15 @@ def test_what_is_not_named_is_the_bases() -> None:
         sources=(*base.sources, "the user's, on the base of bitmod-lossy"),
     )
     assert changed == expected
+
+
+def test_a_pe_with_integer_activations_is_one_key() -> None:
+    formats = {"prefill": "olive-w4a4", "decode": "olive-w8a8"}
+    changed = machine(base="olive", processing_element={"activations": "integer"}, formats=formats)
+    assert changed.processing_element == OutlierVictimSpec(activations="integer")
+    assert changed.prefill_array == get_accelerator("olive").prefill_array
+    with pytest.raises(InputError, match="activations"):
+        machine(base="olive", processing_element={"activations": "int8"}, formats=formats)
 
 
 def test_another_pe_has_no_energy_no_area_and_is_no_published_system() -> None:
