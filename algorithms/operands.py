@@ -6,7 +6,8 @@ where a format has one, multiplies the finished sum (``docs/microarchitecture.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,19 @@ class WeightOperands:
     def groups(self) -> int:
         """Groups in a row."""
         return int(self.scale_significands.shape[1])
+
+    def cut(self, inputs: int) -> WeightOperands:
+        """The same weights with an end of a group after every ``inputs`` inputs, where a row is one group.
+
+        So a reduction in passes ends it (``docs/microarchitecture.md``, section 4). Rows of several groups stay as they
+        are: a pass has whole groups.
+        """
+        if self.groups > 1 or inputs >= self.numerators.shape[1]:
+            return self
+        pieces = -(-self.numerators.shape[1] // inputs)
+        parts = ("fraction_bits", "booth", "scale_significands", "scale_exponents")
+        changed: dict[str, Any] = {name: np.repeat(getattr(self, name), pieces, axis=1) for name in parts}
+        return replace(self, group_size=inputs, **changed)
 
     def columns(self, group: int) -> slice:
         """The inputs of a group."""

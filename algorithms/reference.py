@@ -375,7 +375,11 @@ def check_half_activations(spec: ProcessingElementSpec) -> None:
 
 
 def multiply(
-    spec: ProcessingElementSpec, tensor: QuantizedTensor, activations: NDArray[np.float16]
+    spec: ProcessingElementSpec,
+    tensor: QuantizedTensor,
+    activations: NDArray[np.float16],
+    *,
+    pass_inputs: int | None = None,
 ) -> NDArray[np.float32]:
     """activations · weightsᵀ as an array of PEs of ``spec`` computes it, before the result is rounded to FP16.
 
@@ -383,6 +387,7 @@ def multiply(
         spec: the PE.
         tensor: the weights [outputs, inputs].
         activations: float16 [tokens, inputs], finite.
+        pass_inputs: inputs of a pass where the reduction is split; a pass ends the group that it cuts.
 
     Returns: float32 [tokens, outputs].
 
@@ -395,7 +400,7 @@ def multiply(
         return _fp16_mac(half_weights(tensor), activations)
     if isinstance(spec, DictionarySpec):
         return dictionary_product(tensor, activations)
-    weights = weight_operands(tensor)
+    weights = weight_operands(tensor).cut(pass_inputs or tensor.shape[1])
     if isinstance(spec, BitSerialSpec):
         return _bit_serial(spec, weights, activations)
     if isinstance(spec, OutlierVictimSpec | FlintSpec):

@@ -243,12 +243,14 @@ def _roofs(document: Mapping[str, Any], accelerator: Accelerator, phases: Iterab
     """The peaks of the array, those that are equal as one."""
     element = accelerator.processing_element
     weights, bits = document["format"], accelerator.key_value_bits
-    steps: dict[str, int] = {}
+    steps: dict[str, int] = {}  # PE-cycles of a step: of all PEs that it takes
     for layer in document["layers"]:
         if layer["operand"] == "weight":
-            steps[weights] = element.cycles_per_step(get_format(weights))
+            format = get_format(weights)
+            steps[weights] = element.cycles_per_step(format) * element.processing_elements_per_product(format)
         else:
-            steps[f"{bits}-bit keys and values"] = element.key_value_cycles_per_step(bits)
+            elements = element.key_value_processing_elements_per_product(bits)
+            steps[f"{bits}-bit keys and values"] = element.key_value_cycles_per_step(bits) * elements
     names: dict[float, dict[str, None]] = {}
     for phase in phases:
         lanes = accelerator.array(phase).processing_elements * element.lanes

@@ -508,7 +508,11 @@ def _check_sums(weights: WeightOperands, whole: NDArray[np.int64]) -> None:
 
 
 def multiply(
-    spec: ProcessingElementSpec, tensor: QuantizedTensor, activations: NDArray[np.float16]
+    spec: ProcessingElementSpec,
+    tensor: QuantizedTensor,
+    activations: NDArray[np.float16],
+    *,
+    pass_inputs: int | None = None,
 ) -> NDArray[np.float32]:
     """activations · weightsᵀ as an array of PEs of ``spec`` computes it, before the result is rounded to FP16.
 
@@ -516,6 +520,7 @@ def multiply(
         spec: the PE.
         tensor: the weights [outputs, inputs].
         activations: float16 [tokens, inputs], finite.
+        pass_inputs: inputs of a pass where the reduction is split; a pass ends the group that it cuts.
 
     Returns: float32 [tokens, outputs], every bit that of ``termwise.algorithms.reference.multiply``.
 
@@ -525,6 +530,7 @@ def multiply(
     check_half_activations(spec)
     spec.cycles_per_step(tensor.format)
     split_half(activations)
+    pass_inputs = pass_inputs or tensor.shape[1]
     results = np.zeros((tensor.shape[0], activations.shape[0]), dtype=np.float32)
     blocks = [
         slice(start, min(start + TOKENS_AT_ONCE, activations.shape[0]))
@@ -532,14 +538,14 @@ def multiply(
     ]
     channel_scales = None
     if isinstance(spec, BitSerialSpec):
-        weights = weight_operands(tensor)
+        weights = weight_operands(tensor).cut(pass_inputs)
         channel_scales = weights.channel_scales
         for block in blocks:
             part = np.zeros((tensor.shape[0], block.stop - block.start), dtype=np.float32)
             _bit_serial(spec, weights, activations[block], part)
             results[:, block] = part
     else:
-        channel_scales = _in_float32(spec, tensor, activations, blocks, results)
+        channel_scales = _in_float32(spec, tensor, activations, blocks, results, pass_inputs)
     found = np.ascontiguousarray(results.T)
     return found if channel_scales is None else found * channel_scales
 
@@ -550,6 +556,7 @@ def _in_float32(
     activations: NDArray[np.float16],
     blocks: list[slice],
     results: NDArray[np.float32],
+    pass_inputs: int,
 ) -> NDArray[np.float32] | None:
     """Products of the PEs that add in FP32, into ``results`` [outputs, tokens]; returns the scales of channels."""
     channel_scales = None
@@ -561,7 +568,7 @@ def _in_float32(
     if isinstance(spec, Fp16MacSpec):
         values = half_weights(tensor).astype(np.float32)
     elif isinstance(spec, OutlierVictimSpec | FlintSpec):
-        weights = weight_operands(tensor)
+        weights = weight_operands(tensor).cut(pass_inputs)
         values, group_size = weights.numerators.astype(np.float32), weights.group_size
         exponents = weights.scale_exponents - weights.fraction_bits
         scales = np.ldexp(weights.scale_significands.astype(np.float64), exponents).astype(np.float32)

@@ -57,6 +57,7 @@ class Product:
         dequantization_cycles: least distance of the ends of two groups; 0 or 1 where there is none.
         drain_cycles: from a tile's last issue until its outputs may leave.
         weight_buffer_bytes, activation_buffer_bytes: both halves.
+        divisible: whether the reduction may be split into passes.
         burst_bytes: bytes that ideal memory moves in a cycle; 0 for a memory with pages.
         activation_bits: bits of an activation, on chip and off.
         elements_per_product: PEs that compute a product together; ``rows`` and ``columns`` count such groups.
@@ -80,6 +81,7 @@ class Product:
     token_groups: int = 1
     activation_bits: int = ACTIVATION_BITS
     elements_per_product: int = 1
+    divisible: bool = True
 
 
 def ceil_divide(numerator: int, denominator: int) -> int:
@@ -231,7 +233,9 @@ def plan_product(product: Product, *, passes: int | None = None, weights_station
         )
     whole = _whole(product)
     row_tiles, column_tiles, _ = tile_counts(whole)
-    most_passes = MAXIMUM_PASSES if row_tiles * column_tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
+    most_passes = (
+        MAXIMUM_PASSES if product.divisible and row_tiles * column_tiles >= MINIMUM_TILES_OF_SPLIT_REDUCTION else 1
+    )
     values = product.tokens * (int(activation_bytes(whole, product.reduction)) + product.outputs * OUTPUT_BYTES)
     least_bytes = product.weight_total_bytes + values
     best, best_bytes = whole, math.inf

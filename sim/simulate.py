@@ -39,7 +39,12 @@ from typing import Any
 
 import numpy as np
 
-from termwise.algorithms.dictionary import EXPECTED_DEVIATION, expected_outlier_share, expected_packed_bytes
+from termwise.algorithms.dictionary import (
+    EXPECTED_DEVIATION,
+    DictionarySpec,
+    expected_outlier_share,
+    expected_packed_bytes,
+)
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.processing_element import HALF_BITS
@@ -269,6 +274,7 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         burst_bytes=accelerator.memory.ideal_bytes_per_cycle or 0,
         activation_bits=activation_bits,
         elements_per_product=elements,
+        divisible=not isinstance(element, DictionarySpec),  # whose sums of a row are one per centroid
     )
 
 
@@ -414,7 +420,7 @@ def _layer(gemm: Gemm, runs: Sequence[_Run], charges: _Charges) -> LayerSimulati
     )
 
 
-class _Machine:
+class Machine:
     """The accelerator in one phase, with the products that it has computed."""
 
     def __init__(self, accelerator: Accelerator, phase: Phase, weights: Format, *, stepped: bool) -> None:
@@ -479,7 +485,7 @@ def simulate(
         weights = get_format(accelerator.default_format(phase))
     energies = energies_of(accelerator)
     charges = _Charges(accelerator, energies)
-    machine = _Machine(accelerator, phase, weights, stepped=stepped)
+    machine = Machine(accelerator, phase, weights, stepped=stepped)
     gemms = workload(shape, phase=phase, context=context, batch=batch)
     alike = {} if tensors is None else layers_alike(shape)
     runs = sum(len(alike.get((gemm.name, gemm.outputs, gemm.reduction), (gemm.name,))) for gemm in gemms)
