@@ -44,6 +44,10 @@ _SIMULATOR_SOURCE = "constants of the simulator published with BitMoD, state of 
 _BUFFER_SOURCE = "CACTI 7, 512 KiB in 8 banks, 28 nm (see termwise.sim.memory)"
 
 Movement = Literal["broadcast", "systolic"]
+Dataflow = Literal["output_stationary", "weight_stationary"]
+
+ACCUMULATOR_BYTES = 4
+"""Of a word of the accumulator memory, FP32."""
 """How operands reach the PEs (docs/microarchitecture.md, section 3): all in the same cycle, or from PE to PE."""
 
 PROCESSING_ELEMENTS: dict[str, type[ProcessingElementSpec]] = {
@@ -92,6 +96,9 @@ class Accelerator:
         processing_element: the PE; it tells lanes, cycles per dot-product step and which formats it takes.
         prefill_array, decode_array: shape of the array in either phase (the same PEs, wired differently).
         movement: how operands reach the PEs.
+        dataflow: what stays in the PEs while a tile is computed: its outputs, or, step by step, the weights, for as
+            many tokens as the accumulator memory has room for (``docs/microarchitecture.md``, section 9).
+        accumulator_bytes: size of that memory, 4 bytes for each output of a tile; 0 where outputs stay in the PEs.
         prefill_format, decode_format: name of the weight format when the user names none.
         key_value_bits: width of keys and values: 16 is FP16, 8 is INT8.
         weight_buffer_bytes, activation_buffer_bytes: on-chip buffers, each two halves (double buffered).
@@ -124,6 +131,8 @@ class Accelerator:
     pe_area_um2: float | None = None
     place_and_route_factor: float = 1.5
     movement: Movement = "broadcast"
+    dataflow: Dataflow = "output_stationary"
+    accumulator_bytes: int = 0
     weight_buffer_bytes: int = 512 * 1024
     weight_buffer_banks: int = 8
     activation_buffer_bytes: int = 512 * 1024
@@ -157,6 +166,15 @@ class Accelerator:
                 raise self._error(field, "a finite number above 0")
         if self.movement not in get_args(Movement):
             raise self._error("movement", " or ".join(get_args(Movement)))
+        if self.dataflow not in get_args(Dataflow):
+            raise self._error("dataflow", " or ".join(get_args(Dataflow)))
+        elements = max(self.prefill_array.processing_elements, self.decode_array.processing_elements)
+        least = ACCUMULATOR_BYTES * elements if self.dataflow == "weight_stationary" else 0
+        most = MAXIMUM_BUFFER_BYTES if least else 0
+        whole = isinstance(self.accumulator_bytes, int) and not isinstance(self.accumulator_bytes, bool)
+        if not whole or not least <= self.accumulator_bytes <= most:
+            expected = f"{least} to {most}, {ACCUMULATOR_BYTES} bytes or more for every PE" if least else "0"
+            raise self._error("accumulator_bytes", f"{expected} with dataflow {self.dataflow}")
         if self.energy_set is not None:
             from termwise.sim.energy import energy_set_names
 
@@ -202,6 +220,10 @@ class Accelerator:
             )
             raise MachineError(self.name, f"{phase}_array", f"{array.rows}x{array.columns}", expected)
         return ArrayShape(rows=array.rows // side, columns=array.columns // side)
+
+    def token_groups(self, array: ArrayShape) -> int:
+        """How many times tokens of ``array`` may take turns on the same weights; 1 where outputs stay in the PEs."""
+        return max(1, self.accumulator_bytes // (ACCUMULATOR_BYTES * array.processing_elements))
 
     def movement_cycles(self, phase: Phase) -> int:
         """Cycles by which the last PE of the array is behind the first (``docs/microarchitecture.md``, section 3)."""

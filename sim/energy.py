@@ -166,12 +166,13 @@ def get_energy_set(name: str) -> EnergySet:
 
 
 def default_energy_set(accelerator: Accelerator) -> str:
-    """``bitmod-2024`` where both buffers are the published ones, which its table knows; else the set with a model."""
+    """``bitmod-2024`` where its table knows the buffers, the published ones and no other; else the set with a model."""
     buffers = {
         (accelerator.weight_buffer_bytes, accelerator.weight_buffer_banks),
         (accelerator.activation_buffer_bytes, accelerator.activation_buffer_banks),
     }
-    return "bitmod-2024" if buffers == {(TABLE_CAPACITY_BYTES, TABLE_BANKS)} else "bitmod-2024-any-buffer"
+    published = buffers == {(TABLE_CAPACITY_BYTES, TABLE_BANKS)} and not accelerator.accumulator_bytes
+    return "bitmod-2024" if published else "bitmod-2024-any-buffer"
 
 
 def energies_of(accelerator: Accelerator) -> EnergySet:

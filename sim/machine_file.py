@@ -24,6 +24,7 @@ from termwise.sim.accelerators import (
     PROCESSING_ELEMENTS,
     Accelerator,
     ArrayShape,
+    Dataflow,
     MachineError,
     Movement,
     accelerator_names,
@@ -48,6 +49,7 @@ _FIELD_OF_KEY: Final[Mapping[str, str]] = {
     "processing_element.area_um2": "pe_area_um2",
     "processing_element.place_and_route_factor": "place_and_route_factor",
     "array.movement": "movement",
+    "array.dataflow": "dataflow",
     "array.prefill": "prefill_array",
     "array.decode": "decode_array",
     "buffers.port_reads_per_step": "port_reads_per_step",
@@ -55,6 +57,7 @@ _FIELD_OF_KEY: Final[Mapping[str, str]] = {
     "buffers.weights.banks": "weight_buffer_banks",
     "buffers.activations.bytes": "activation_buffer_bytes",
     "buffers.activations.banks": "activation_buffer_banks",
+    "buffers.accumulator_bytes": "accumulator_bytes",
     "memory": "memory",
 }
 """Key in the file (tables joined by dots) -> field of ``Accelerator``, in the order in which a file is written."""
@@ -78,6 +81,7 @@ class _Side(_Table):
 
 class _Array(_Table):
     movement: Movement = "broadcast"
+    dataflow: Dataflow = "output_stationary"
     prefill: _Side
     decode: _Side
 
@@ -91,6 +95,7 @@ class _Buffers(_Table):
     port_reads_per_step: int = 1
     weights: _Buffer
     activations: _Buffer
+    accumulator_bytes: int = 0
 
 
 class _Formats(_Table):

@@ -51,11 +51,12 @@ from termwise.algorithms.processing_element import HALF_BITS
 from termwise.algorithms.quantize import QuantizedTensor
 from termwise.algorithms.shapes import ModelShape
 from termwise.algorithms.workload import Gemm, Operand, Phase, check_phase, layers_alike, workload
-from termwise.sim.accelerators import Accelerator, check_group
+from termwise.sim.accelerators import Accelerator, ArrayShape, check_group
 from termwise.sim.cycle import CycleCount, StallCycles, Traffic, run_tile_program
 from termwise.sim.energy import EnergySet, energies_of
 from termwise.sim.kernels import TileProgram
 from termwise.sim.plan import Product, ceil_divide, plan_product, tile_counts
+from termwise.sim.sram import WIDEST_BANK_BITS
 from termwise.sim.value_timing import value_timing
 
 
@@ -274,8 +275,15 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         burst_bytes=accelerator.memory.ideal_bytes_per_cycle or 0,
         activation_bits=activation_bits,
         elements_per_product=elements,
+        token_groups=_token_groups(accelerator, array, element.lanes * activation_bits),
         divisible=not isinstance(element, DictionarySpec),  # whose sums of a row are one per centroid
     )
+
+
+def _token_groups(accelerator: Accelerator, array: ArrayShape, input_bits: int) -> int:
+    """Turns of a tile: as many as its accumulators and half of the activation buffer have room for."""
+    fitting = 4 * accelerator.activation_buffer_bytes // (array.columns * input_bits)
+    return max(1, min(accelerator.token_groups(array), fitting))
 
 
 def _packed_bytes(weights: Format, outputs: int, inputs: int) -> int:
@@ -312,6 +320,21 @@ class _Charges:
         }
         read_pj = self.known(f"a read of the {operand} buffer", lambda: self.energies.sram_access_pj("read", **size))
         write_pj = self.known(f"a write into the {operand} buffer", lambda: self.energies.sram_write_pj_per_bit(**size))
+        return read_pj, write_pj, None if read_pj is None else self.energies.sram_leakage_mw(**size)
+
+    def accumulators(self, word_bits: int) -> tuple[float | None, float | None, float | None]:
+        """pJ of a read and of a write of a word of the accumulator memory, and its leakage in mW.
+
+        It has a bank for every 512 bits of the word, the widest that the model of the buffers knows.
+        """
+        size = {
+            "capacity_bytes": self.accelerator.accumulator_bytes,
+            "banks": ceil_divide(word_bits, WIDEST_BANK_BITS),
+            "word_bits": word_bits,
+        }
+        event = "of the accumulator memory"
+        read_pj = self.known(f"a read {event}", lambda: self.energies.sram_access_pj("read", **size))
+        write_pj = self.known(f"a write {event}", lambda: self.energies.sram_access_pj("write", **size))
         return read_pj, write_pj, None if read_pj is None else self.energies.sram_leakage_mw(**size)
 
     def notes(self) -> tuple[str, ...]:
@@ -357,15 +380,23 @@ def _energy(product: Product, count: CycleCount, charges: _Charges) -> Energy:
     )
     dram_pj = charges.known(f"a bit of external memory {accelerator.memory.name}", lambda: energies.dram_pj_per_bit)
     leakage_mw = _total((weight_leakage_mw, activation_leakage_mw))
+    sums_read_pj: float | None = 0.0
+    sums_write_pj: float | None = 0.0
+    if accelerator.dataflow == "weight_stationary":
+        sums_read_pj, sums_write_pj, sums_leakage_mw = charges.accumulators(32 * product.rows * product.columns)
+        leakage_mw = _total((leakage_mw, sums_leakage_mw))
     elements = product.rows * product.columns * product.elements_per_product
     return Energy(
         pe_uj=_microjoules(_of_events(count.busy_cycles, _of_events(elements, pe_pj))),
         sram_read_uj=_microjoules(
             _of_events(count.weight_reads * reads, weight_read_pj),
             _of_events(count.dot_product_steps * reads, activation_read_pj),
+            _of_events(count.dot_product_steps, sums_read_pj),
         ),
         sram_write_uj=_microjoules(
-            _of_events(buffered_weight_bits, weight_bit_pj), _of_events(buffered_activation_bits, activation_bit_pj)
+            _of_events(buffered_weight_bits, weight_bit_pj),
+            _of_events(buffered_activation_bits, activation_bit_pj),
+            _of_events(count.dot_product_steps, sums_write_pj),
         ),
         dram_uj=_microjoules(_of_events(8 * count.moved_bytes, dram_pj)),
         leakage_uj=None if leakage_mw is None else leakage_mw * count.cycles / accelerator.clock_mhz / 1e3,

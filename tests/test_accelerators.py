@@ -93,13 +93,17 @@ def test_digest_depends_on_every_field() -> None:
             changed = get_dram("ideal@33")
         elif entry.name == "movement":
             changed = "systolic"
+        elif entry.name in ("dataflow", "accumulator_bytes"):
+            continue  # one needs the other; together below
         elif entry.name == "energy_set":
             changed = "bitmod-2024"
         else:
             changed = value + type(value)(1)
         digests.add(dataclasses.replace(accelerator, **{entry.name: changed}).digest())
         changed_fields += 1
-    assert len(digests) == changed_fields + 1
+    stationary = dataclasses.replace(accelerator, dataflow="weight_stationary", accumulator_bytes=1 << 16)
+    digests |= {stationary.digest(), dataclasses.replace(stationary, accumulator_bytes=1 << 17).digest()}
+    assert len(digests) == changed_fields + 3
 
 
 @pytest.mark.parametrize("name", [*accelerator_names(), "fp16@4x4"])
@@ -178,6 +182,9 @@ def test_an_array_that_no_buffer_feeds_is_refused() -> None:
         ({"pe_area_um2": float("nan")}, "pe_area_um2 is nan"),
         ({"place_and_route_factor": None}, "place_and_route_factor is None"),
         ({"movement": "mesh"}, "movement is 'mesh'; expected broadcast or systolic"),
+        ({"dataflow": "row"}, "dataflow is 'row'; expected output_stationary or weight_stationary"),
+        ({"accumulator_bytes": 8}, "accumulator_bytes is 8; expected 0 with dataflow output_stationary"),
+        ({"dataflow": "weight_stationary"}, "accumulator_bytes is 0; expected "),
         ({"energy_set": "none"}, "energy_set is 'none'"),
         ({"processing_element": Fp16MacSpec(lanes=0)}, "processing_element.lanes is 0"),
     ],

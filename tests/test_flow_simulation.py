@@ -99,7 +99,11 @@ def test_no_point_is_above_its_roofs(accelerator: str, phase: str) -> None:
     weights = get_format(machine.default_format("prefill" if phase == "prefill" else "decode"))
     element = machine.processing_element
     pes = machine.prefill_array.processing_elements
-    steps = (element.cycles_per_step(weights), element.key_value_cycles_per_step(machine.key_value_bits))
+    bits = machine.key_value_bits
+    steps = (
+        element.cycles_per_step(weights) * element.processing_elements_per_product(weights),
+        element.key_value_cycles_per_step(bits) * element.key_value_processing_elements_per_product(bits),
+    )
     assert {roof.multiplications_per_cycle for roof in found.roofs} == {pes * element.lanes / step for step in steps}
     assert len(found.points) == 7
     for point in found.points:

@@ -61,6 +61,7 @@ def machines(draw: st.DrawFn) -> Accelerator:
     side = st.builds(ArrayShape, rows=st.integers(1, 64), columns=st.integers(1, 64))
     group = math.isqrt(element.key_value_processing_elements_per_product(base.key_value_bits))
     side = side.map(lambda array: ArrayShape(rows=group * array.rows, columns=group * array.columns))
+    stationary = draw(st.sampled_from([0, 1 << 17, 1 << 20]))  # bytes of accumulators of weight stationary
     return dataclasses.replace(
         base,
         name="mine",
@@ -68,6 +69,8 @@ def machines(draw: st.DrawFn) -> Accelerator:
         prefill_array=draw(side),
         decode_array=draw(side),
         movement=draw(st.sampled_from(["broadcast", "systolic"])),
+        dataflow="weight_stationary" if stationary else "output_stationary",
+        accumulator_bytes=stationary,
         port_reads_per_step=draw(st.integers(1, 4)),
         pe_energy_pj_per_cycle=draw(st.none() | positive),
         pe_area_um2=draw(st.none() | positive),

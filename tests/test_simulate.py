@@ -19,8 +19,8 @@ from termwise.algorithms.formats import get_format
 from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
-from termwise.algorithms.workload import PHASES, Phase, workload
-from termwise.sim.accelerators import get_accelerator, published_accelerator_names
+from termwise.algorithms.workload import PHASES, Gemm, Phase, workload
+from termwise.sim.accelerators import Accelerator, get_accelerator, published_accelerator_names
 from termwise.sim.cycle import CycleCount, StallCycles, ValueTiming, run_tile_program
 from termwise.sim.cycle_reference import run_tile_program_by_cycles
 from termwise.sim.dram import dram_names, get_dram
@@ -705,3 +705,36 @@ def test_experts_that_only_some_tokens_pass_have_no_values(small_shape: ModelSha
             tensors=_tensors(shape, "bitmod-w4g128"),
             weights=get_format("bitmod-w4g128"),
         )
+
+
+# Weight stationary.
+
+
+def _stationary(name: str, turns: int) -> Accelerator:
+    base = get_accelerator(name)
+    elements = base.decode_array.processing_elements
+    return dataclasses.replace(
+        base, name="stationary", dataflow="weight_stationary", accumulator_bytes=4 * elements * turns
+    )
+
+
+def test_weights_that_stay_are_read_once_for_all_turns(small_shape: ModelShape) -> None:
+    base, machine = get_accelerator("bitmod-lossy@16x16"), _stationary("bitmod-lossy@16x16", 4)
+    base = dataclasses.replace(base, energy_set="bitmod-2024-any-buffer")
+    for linear in small_shape.linears:
+        gemm = Gemm(name="", tokens=64, reduction=linear.inputs, outputs=linear.outputs, operand="weight", repeats=1)
+        weights = get_format("bitmod-w4g128")
+        programs = [plan_product(product_of(gemm, entry, "prefill", weights)) for entry in (base, machine)]
+        mine, other = (run_tile_program(program) for program in programs)
+        assert programs[1].token_groups == 4
+        assert (mine.busy_cycles, mine.dot_product_steps) == (other.busy_cycles, other.dot_product_steps)
+        assert mine.weight_reads == 4 * other.weight_reads
+        assert mine.stalls.drain == 4 * other.stalls.drain
+        # Each of the 4 tokens' groups ends 2 cycles after the one before, and scaling takes 8: 3 · 6 cycles a group.
+        groups = ceil_divide(linear.inputs, 128) * ceil_divide(linear.outputs, 16)
+        assert (mine.stalls.scale, other.stalls.scale) == (0, 3 * 6 * groups)
+    energies = [simulate(small_shape, entry, phase="prefill", context=64).energy for entry in (base, machine)]
+    assert energies[0].pe_uj == energies[1].pe_uj
+    assert energies[1].sram_write_uj is None  # 8192 bits in 16 banks of 256 bytes: beyond the model
+    larger = _stationary("bitmod-lossy@16x16", 64)
+    assert simulate(small_shape, larger, phase="prefill", context=64).energy.total_uj is not None
