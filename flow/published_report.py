@@ -19,12 +19,13 @@ import click
 
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.files import write_text
+from termwise.algorithms.formats import get_format
 from termwise.algorithms.shapes import known_shape
 from termwise.algorithms.workload import PHASES, Phase
 from termwise.flow.figures import GRID, INK, MUTED, STYLE, save
 from termwise.flow.records import to_json
 from termwise.sim.accelerators import get_accelerator, published_accelerator_names
-from termwise.sim.explain import REASONS, explain
+from termwise.sim.explain import REASONS, explain, paged_cycles
 from termwise.sim.published import PUBLISHED_MODELS, PUBLISHED_STATES
 from termwise.sim.published_figures import (
     HEADLINES,
@@ -34,6 +35,7 @@ from termwise.sim.published_figures import (
     Headline,
     Quantity,
 )
+from termwise.sim.simulate import simulate
 
 COMMAND: Final = "python -m termwise.flow.published_report --out reports/published-vs-cycle"
 DECODED_TOKENS: Final = 20
@@ -174,6 +176,38 @@ def olive_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     return rows
 
 
+def integer_rows() -> list[dict[str, Any]]:
+    """Prefill cycles of the arrays of 4-bit PEs, OliVe at 4 bits beside ANT at 4 and at 8 bits, by model."""
+
+    def cycles(accelerator: str, model: str, format: str) -> int:
+        shape, weights = known_shape(model), get_format(format)
+        return simulate(shape, get_accelerator(accelerator), phase="prefill", weights=weights).cycles
+
+    return [
+        {
+            "model": model,
+            "olive_cycles": cycles("olive-int", model, "olive-w4a4"),
+            "ant_cycles": {f"{bits} bits": cycles("ant-int", model, f"ant-w{bits}a{bits}") for bits in (4, 8)},
+        }
+        for model in PUBLISHED_MODELS
+    ]
+
+
+def memory_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """What a memory with pages adds to the cycle-level figure, by phase, model and accelerator."""
+    first = next(iter(PUBLISHED_STATES))
+    return [
+        {
+            **{key: point[key] for key in ("phase", "model", "accelerator", "cycles")},
+            "paged_cycles": paged_cycles(
+                known_shape(point["model"]), get_accelerator(point["accelerator"]), phase=point["phase"]
+            ),
+        }
+        for point in points
+        if point["state"] == first
+    ]
+
+
 def document_of() -> dict[str, Any]:
     """All results, JSON-ready."""
     points = compare()
@@ -185,6 +219,8 @@ def document_of() -> dict[str, Any]:
         "headlines": headline_rows(points),
         "tokens": token_rows(points),
         "olive": olive_rows(points),
+        "olive_integer": integer_rows(),
+        "memory": memory_rows(points),
     }
 
 
@@ -302,11 +338,24 @@ OliVe (ISCA 2023) evaluates itself on two other models of the hardware. What of 
 * Not known here: OliVe's array, buffers and bandwidth in its comparison; the width that every layer of every design is
   granted; and all of the GPU model that the ratio over GOBO comes from. OliVe's public repository holds its accuracy
   experiments, not its performance model.
-* So none of these ratios is reproduced. AdaFloat, OLAccel, GOBO's datapath and GPUs have no accelerator in termwise.
+* So none of these ratios is reproduced. AdaFloat, OLAccel and GPUs have no accelerator in termwise, and OliVe compares
+  with GOBO on a GPU.
 
 The one comparison that both have, OliVe over ANT on an array, stands beside the printed value, for prefill. In BitMoD's
 evaluation both multiply FP16 activations with weights of about the same width, so the advantage that remains is the
 larger array (36 × 32 PEs in place of 32 × 32)."""
+
+_INTEGER_TEXT: Final = """\
+OliVe's own arrays multiply integers on both sides: `olive-int` and `ant-int`, each 4096 PEs of 4 bits, four of which
+make a product of 8 bits. OliVe runs at 4 bits throughout. How many layers ANT must run at 8 bits to keep its accuracy
+is not published, so both ends stand here: ANT at 4 bits everywhere, and at 8 bits everywhere, in the cycle-level
+simulator, for a prefill of 256 tokens of the models of BitMoD's paper (OliVe's own are others). The printed ratio is
+the one that a machine gives whose layers are nearly all at 8 bits."""
+
+_MEMORY_TEXT: Final = """\
+Both models take external memory that moves 32 bytes in every cycle. A real one opens and closes rows, turns its bus
+around and refreshes. With the times of a DDR4-3200 device (in nanoseconds) on a channel of the same 32 bytes per cycle,
+the cycle-level simulator counts, in percent more cycles for a prefill of 256 tokens and for one decoded token:"""
 
 
 def report_text(document: Mapping[str, Any]) -> str:
@@ -411,6 +460,35 @@ def report_text(document: Mapping[str, Any]) -> str:
                 *("–" if value is None else f"{value:.2f}" for value in row["prefill"].values()),
             ]
             for row in document["olive"]
+        ],
+        2,
+    )
+    lines += ["", _INTEGER_TEXT, ""]
+    widths = list(document["olive_integer"][0]["ant_cycles"])
+    ratios = [[row["ant_cycles"][width] / row["olive_cycles"] for width in widths] for row in document["olive_integer"]]
+    lines += _table(
+        ("OliVe at 4 bits over ANT", *(f"ANT at {width}" for width in widths)),
+        [
+            *(
+                [row["model"], *(f"{ratio:.2f}" for ratio in found)]
+                for row, found in zip(document["olive_integer"], ratios, strict=True)
+            ),
+            ["mean", *(f"{fmean(column):.2f}" for column in zip(*ratios, strict=True))],
+        ],
+        1,
+    )
+    lines += ["", "## DRAM timing", "", _MEMORY_TEXT, ""]
+    added = {
+        (row["model"], row["phase"], row["accelerator"]): 100 * (row["paged_cycles"] / row["cycles"] - 1)
+        for row in document["memory"]
+    }
+    accelerators = published_accelerator_names()
+    lines += _table(
+        ("model", "phase", *accelerators),
+        [
+            [model, phase, *(f"{added[model, phase, accelerator]:+.1f} %" for accelerator in accelerators)]
+            for phase in PHASES
+            for model in PUBLISHED_MODELS
         ],
         2,
     )
