@@ -776,6 +776,13 @@ def _calibration(
 @click.option(
     "--values", is_flag=True, help="Quantize the model's weights and simulate what depends on their values from them."
 )
+@click.option(
+    "--trace",
+    "trace_folder",
+    type=click.Path(path_type=Path),
+    help="New folder for a timeline (Perfetto) of one layer and the signals (VCD) of one tile.",
+)
+@click.option("--layer", metavar="NAME", help="The layer that --trace follows.  [default: the first]")
 @click.option("--stepped", is_flag=True, help="Simulate every event; by default what repeats is counted once, exactly.")
 @click.option(
     "--model-of",
@@ -800,6 +807,8 @@ def simulate(
     batch: int,
     vector_lanes: int | None,
     values: bool,
+    trace_folder: Path | None,
+    layer: str | None,
     stepped: bool,
     model_of: str,
     out: Path | None,
@@ -850,12 +859,18 @@ def simulate(
                 "--vector-lanes": vector_lanes,
                 "--values": values or None,
                 "--stepped": stepped or None,
+                "--trace": trace_folder,
                 "--out": out,
             },
             phase,
         )
-    if out is not None:
-        check_new_folder(out)
+    if trace_folder is not None and phase == "generation":
+        raise InputError("--trace: a generation has many phases; expected --phase prefill or decode")
+    if layer is not None and trace_folder is None:
+        raise InputError(f"--layer {layer}: only a trace follows one layer; expected --trace FOLDER with it")
+    for folder in (out, trace_folder):
+        if folder is not None:
+            check_new_folder(folder)
     subject = open_subject(model)
     shape = subject.shape
     if state is not None:
@@ -913,6 +928,21 @@ def simulate(
                 stepped=stepped,
                 progress=told,
             )
+    traced = None
+    if trace_folder is not None:
+        from termwise.flow.tracing import write_trace
+
+        phase_of_trace = check_phase(phase)
+        traced = write_trace(
+            trace_folder,
+            shape,
+            accelerator,
+            phase=phase_of_trace,
+            weights=format or get_format(accelerator.default_format(phase_of_trace)),
+            context=context,
+            batch=batch,
+            layer=layer,
+        )
     analysis = analyse(document, accelerator, shape.head)
     if out is not None:
         write_simulation(analysis, out, command=_command_line())
@@ -923,6 +953,11 @@ def simulate(
     if out is not None:
         console.print_text(f"report: {out / 'report.md'}")
         console.print_text(f"page: {out / 'index.html'}")
+    if traced is not None:
+        for note in traced.notes:
+            console.print_text(note)
+        for file in traced.files:
+            console.print_text(f"trace: {file}")
 
 
 def _check_published(model_of: str, options: dict[str, object], phase: str) -> None:

@@ -8,7 +8,8 @@ that of section 7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from termwise.sim.kernels import (
     OUTPUT_BYTES,
     PANELS,
     PARTIAL_SUM_BYTES,
+    PICOSECONDS_PER_MICROSECOND,
     READ,
     REGION_BYTES,
     RESIDENT,
@@ -147,8 +149,13 @@ def _terms(
     return terms
 
 
-def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_Step], list[_Request]]:
-    """All chunks, and all requests in the order in which they are issued."""
+def _schedule(
+    program: TileProgram, values: ValueTiming | None, most_terms: float, most_bytes: float
+) -> tuple[list[_Step], list[_Request]]:
+    """All chunks, and all requests in the order in which they are issued.
+
+    No further tile once there are more than ``most_terms`` to issue and more than ``most_bytes`` to load.
+    """
     all_steps = _steps(program)
     last_pass = ceil_divide(len(all_steps), program.segment_steps) - 1
     tile_columns = program.columns * program.token_groups
@@ -168,6 +175,7 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
     partial_sums = _Buffer(PANELS)
     steps: list[_Step] = []
     requests: list[_Request] = []
+    terms = loaded = 0
     for tile, (pass_index, block, row_tile, column_tile) in enumerate(_tiles(program, len(all_steps))):
         first_output = row_tile * program.rows
         outputs = min(program.rows, program.outputs - first_output)
@@ -177,6 +185,7 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
         if values is not None:
             cycles = [int(number) for number in values.step_cycles[row_tile]]
         segment_end = min((pass_index + 1) * program.segment_steps, len(all_steps))
+        first_step, first_request = len(steps), len(requests)
         for begin in range(pass_index * program.segment_steps, segment_end, program.chunk_steps):
             end = min(begin + program.chunk_steps, segment_end)
             inputs = all_steps[begin][0], all_steps[end - 1][1]
@@ -235,6 +244,10 @@ def _schedule(program: TileProgram, values: ValueTiming | None) -> tuple[list[_S
         if pass_index > 0:
             steps[-1].partial_sums = partial_request
             requests.append(partial_request)
+        terms += sum(len(step.terms) for step in steps[first_step:])
+        loaded += sum(request.bytes for request in requests[first_request:])
+        if terms > most_terms and loaded > most_bytes:
+            break
     return steps, [request for request in requests if request.bytes > 0 or _arrives_at_once(request)]
 
 
@@ -242,6 +255,13 @@ def _arrives_at_once(request: _Request) -> bool:
     """Mark a request of no bytes (a part of a matrix so small that it shares its byte with another) as arrived."""
     request.arrived = True
     return False
+
+
+def _peak_bytes_per_cycle(program: TileProgram, memory: DramTiming | None) -> float:
+    """The most bytes that external memory moves in a cycle."""
+    if memory is None:
+        return program.burst_bytes
+    return memory.channels * memory.burst_bytes * PICOSECONDS_PER_MICROSECOND / memory.burst_ps / memory.clock_mhz
 
 
 class _Channel:
@@ -264,11 +284,44 @@ class _Channel:
         return None if self._memory is None else self._memory.counts()
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """What one cycle is.
+
+    Attributes:
+        cause: ``busy``, or that of a stall.
+        chunk: number of the chunk that the array works on or waits for, in the order of execution.
+        tile: number of its tile.
+        transfer: what the channel moves: ``weights``, ``activations``, ``outputs`` (partial sums that return),
+            ``write_back``, or None.
+        request: number of that request, loads and write-backs together, in the order in which they begin.
+        bytes: of the request.
+    """
+
+    cause: str
+    chunk: int
+    tile: int
+    transfer: str | None
+    request: int
+    bytes: int
+
+
 def run_tile_program_by_cycles(
-    program: TileProgram, *, memory: DramTiming | None = None, values: ValueTiming | None = None
+    program: TileProgram,
+    *,
+    memory: DramTiming | None = None,
+    values: ValueTiming | None = None,
+    observe: Callable[[Cycle], None] | None = None,
+    most_cycles: int | None = None,
 ) -> CycleCount:
-    """As ``termwise.sim.cycle.run_tile_program``, by plain Python and one cycle at a time."""
-    steps, requests = _schedule(program, values)
+    """As ``termwise.sim.cycle.run_tile_program``, by plain Python and one cycle at a time.
+
+    ``observe`` is called once per cycle. After ``most_cycles`` it stops, and the counts are those up to then.
+    """
+    most_terms = most_bytes = math.inf
+    if most_cycles is not None:
+        most_terms, most_bytes = most_cycles, most_cycles * _peak_bytes_per_cycle(program, memory)
+    steps, requests = _schedule(program, values, most_terms, most_bytes)
     channel = _Channel(program, memory)
     next_step = 0
     next_term = 0
@@ -283,8 +336,9 @@ def run_tile_program_by_cycles(
     counts = {"busy": 0, "scale": 0, "weights": 0, "activations": 0, "drain": 0, "write_back": 0}
     moved = {"weights": 0, "activations": 0, "outputs": 0}
     dot_product_steps = weight_reads = 0
+    tile = started = transferred = 0
     cycle = 0
-    while True:
+    while cycle != most_cycles:
         # 1. What ends here.
         if array == "issue" and next_term == len(steps[next_step].terms):
             step = steps[next_step]
@@ -308,6 +362,7 @@ def run_tile_program_by_cycles(
                 step.register.uses_left = 0
                 last_group_end = None
                 next_step += 1
+                tile += 1
                 array = "wait" if next_step < len(steps) else "done"
         if array == "wait" and steps[next_step].weights.arrived and steps[next_step].activations.arrived:
             array, next_term = "issue", 0
@@ -317,34 +372,40 @@ def run_tile_program_by_cycles(
         if channel_left == 0:
             if write_back:
                 channel_left = channel.cycles(write_back, WRITE, cycle)
-                moved["outputs"] += sum(piece.bytes for piece in write_back)
+                transferred = sum(piece.bytes for piece in write_back)
+                moved["outputs"] += transferred
+                started += 1
                 write_back = []
                 in_transfer = None
             elif next_request < len(requests) and requests[next_request].half.may_be_filled:
                 in_transfer = requests[next_request]
                 channel_left = channel.cycles(in_transfer.pieces, READ, cycle)
-                moved[in_transfer.kind] += in_transfer.bytes
+                transferred = in_transfer.bytes
+                moved[in_transfer.kind] += transferred
                 next_request += 1
+                started += 1
         if array == "done" and channel_left == 0:
             break
         # 4. Whose cycle this is. 5. One cycle of work.
         if array == "issue":
             ends_group = steps[next_step].terms[next_term]
             held = last_group_end is not None and cycle < last_group_end + program.dequantization_cycles
-            if ends_group and held:
-                counts["scale"] += 1
-            else:
-                counts["busy"] += 1
+            cause = "scale" if ends_group and held else "busy"
+            if cause == "busy":
                 next_term += 1
                 if ends_group:
                     last_group_end = cycle
         elif array == "wait":
-            counts["activations" if steps[next_step].weights.arrived else "weights"] += 1
+            cause = "activations" if steps[next_step].weights.arrived else "weights"
         elif array == "drain":
-            counts["drain"] += 1
+            cause = "drain"
             drain_left -= 1
         else:
-            counts["write_back"] += 1
+            cause = "write_back"
+        counts[cause] += 1
+        if observe is not None:
+            kind = None if channel_left == 0 else "write_back" if in_transfer is None else in_transfer.kind
+            observe(Cycle(cause, next_step, tile, kind, started, transferred))
         cycle += 1
         if channel_left > 0:
             channel_left -= 1
