@@ -214,10 +214,14 @@ def check_count_range(program: TileProgram) -> None:
     cycles = issue + tiles * passes * program.drain_cycles + traffic
     limit = COUNTER_LIMIT if program.burst_bytes else PICOSECOND_COUNTER_LIMIT
     if max(cycles, 3 * steps * tiles) >= limit:
-        raise InputError(
-            f"a product of {program.tokens} × {program.reduction} by {program.reduction} × {program.outputs} numbers "
-            f"may take more cycles than the simulator counts ({limit}); expected fewer tokens or a smaller matrix"
-        )
+        raise _too_many_cycles(program.tokens, program.reduction, program.outputs, limit)
+
+
+def _too_many_cycles(tokens: int, reduction: int, outputs: int, limit: int) -> InputError:
+    return InputError(
+        f"a product of {tokens} × {reduction} by {reduction} × {outputs} numbers may take more cycles than the "
+        f"simulator counts ({limit}); expected fewer tokens or a smaller matrix"
+    )
 
 
 def plan_product(product: Product, *, passes: int | None = None, weights_stationary: bool | None = None) -> TileProgram:
@@ -231,6 +235,8 @@ def plan_product(product: Product, *, passes: int | None = None, weights_station
             f"a matrix of {product.outputs} × {product.reduction} numbers in {product.weight_total_bytes} bytes is "
             "too large to simulate; expected numbers × bytes below 2^63"
         )
+    if PARTIAL_SUM_BYTES * product.tokens * max(product.reduction, product.outputs) >= COUNTER_LIMIT:
+        raise _too_many_cycles(product.tokens, product.reduction, product.outputs, COUNTER_LIMIT)
     whole = _whole(product)
     row_tiles, column_tiles, _ = tile_counts(whole)
     most_passes = (

@@ -348,6 +348,11 @@ def test_products_that_cannot_be_planned_are_refused() -> None:
         plan_product(product(weight_buffer_bytes=4))
     with pytest.raises(InputError, match="too large to simulate"):
         plan_product(product(outputs=2**31, weight_total_bytes=2**40))
+    for tokens in (10**18, 10**23):
+        with pytest.raises(InputError, match="more cycles than the simulator counts"):
+            plan_product(product(tokens=tokens))
+    with pytest.raises(InputError, match=r"counts \(9000000000000\)"):
+        plan_product(product(tokens=10**12, burst_bytes=0))
 
 
 # Whole models.
