@@ -20,7 +20,7 @@ from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.algorithms.shapes import AttentionShape, LinearShape, ModelShape, known_shape
 from termwise.algorithms.workload import PHASES, Gemm, Phase, workload
-from termwise.sim.accelerators import Accelerator, get_accelerator, published_accelerator_names
+from termwise.sim.accelerators import Accelerator, ArrayShape, get_accelerator, published_accelerator_names
 from termwise.sim.cycle import CycleCount, StallCycles, ValueTiming, run_tile_program
 from termwise.sim.cycle_reference import run_tile_program_by_cycles
 from termwise.sim.dram import dram_names, get_dram
@@ -743,3 +743,60 @@ def test_weights_that_stay_are_read_once_for_all_turns(small_shape: ModelShape) 
     assert energies[1].sram_write_uj is None  # 8192 bits in 16 banks of 256 bytes: beyond the model
     larger = _stationary("bitmod-lossy@16x16", 64)
     assert simulate(small_shape, larger, phase="prefill", context=64).energy.total_uj is not None
+
+
+# Whole machines and models.
+
+
+@st.composite
+def machines_and_shapes(draw: st.DrawFn) -> tuple[Accelerator, ModelShape]:
+    """A machine with small buffers, and a model some of whose products repeat for long on it."""
+    base = get_accelerator(draw(st.sampled_from(published_accelerator_names())))
+    sides = st.builds(ArrayShape, rows=st.integers(1, 12), columns=st.integers(1, 6))
+    arrays = draw(sides), draw(sides)
+    turns = draw(st.sampled_from([0, 0, 1, 3]))
+    elements = max(array.processing_elements for array in arrays)
+    machine = dataclasses.replace(
+        base,
+        name="machine",
+        prefill_array=arrays[0],
+        decode_array=arrays[1],
+        movement=draw(st.sampled_from(["broadcast", "systolic"])),
+        dataflow="weight_stationary" if turns else "output_stationary",
+        accumulator_bytes=4 * elements * turns,
+        weight_buffer_bytes=draw(st.sampled_from([2048, 8192, 65536])),
+        activation_buffer_bytes=draw(st.sampled_from([2048, 8192, 65536])),
+        memory=get_dram(f"ideal@{draw(st.sampled_from([1, 7, 32, 500]))}"),
+    )
+    head_size = draw(st.sampled_from([8, 20]))
+    heads = draw(st.sampled_from([2, 4]))
+    hidden = heads * head_size
+    linears = tuple(
+        LinearShape(name=f"layers.{layer}.{name}", outputs=outputs, inputs=inputs)
+        for layer in range(2)
+        for name, outputs, inputs in (
+            ("q", hidden, hidden),
+            ("up", draw(st.integers(1, 700)), hidden),
+            ("down", hidden, draw(st.integers(1, 700))),
+        )
+    )
+    attention = AttentionShape(layers=2, heads=heads, key_value_heads=heads // 2, head_size=head_size)
+    return machine, ModelShape(name="random", linears=linears, attention=attention, head=None)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(machines_and_shapes(), st.sampled_from(PHASES), st.integers(1, 300), st.integers(1, 40))
+def test_fast_forward_changes_no_number_of_a_model_on_a_machine(
+    pair: tuple[Accelerator, ModelShape], phase: Phase, context: int, batch: int
+) -> None:
+    machine, shape = pair
+    batch = 1 if phase == "prefill" else batch
+    weights = get_format("fp16") if machine.system == "fp16" else get_format("int-w4g32")
+    found, stepped = (
+        simulate(shape, machine, phase=phase, context=context, batch=batch, weights=weights, stepped=stepped).to_dict()
+        for stepped in (False, True)
+    )
+    assert found == stepped
+    assert found["busy"] + sum(found["stalls"].values()) == found["cycles"]
+    parts = [found["energy_uj"][part] for part in found["energy_uj"] if part != "total"]
+    assert (None in parts) == (found["energy_uj"]["total"] is None)
