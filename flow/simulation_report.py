@@ -72,7 +72,7 @@ def _share(part: float, all_of: float) -> str:
 def _time_table(kinds: Sequence[LayerKind], total: LayerKind, first: str, title: str) -> TextTable:
     """Where the cycles go: a row for each kind and one for the total."""
     rows = [*kinds, total]
-    causes = [cause for cause in present(row.totals.causes for row in rows) if cause != "compute"]
+    causes = [cause for cause in present(row.totals.causes for row in rows) if cause != "busy"]
     return TextTable(
         title=title,
         columns=(first, "cycles", "share", "busy", *map(part_title, causes), "bound by"),
@@ -186,7 +186,7 @@ def summary_lines(document: Mapping[str, Any], memory: str = "") -> list[str]:
             f"{number(document['tokens_per_second'])} {tokens} per second, "
             f"{energy_text(document['energy_per_token_uj'])} per token"
         )
-    causes = {"compute": document["busy"], **document["stalls"]}
+    causes = {"busy": document["busy"], **document["stalls"]}
     shares = ", ".join(f"{part_title(name)} {count:,} ({_share(count, cycles)})" for name, count in causes.items())
     lines.append(f"cycles by cause: {shares}")
     energy = document["energy_uj"]["total"]

@@ -39,8 +39,8 @@ class Totals:
 
     @property
     def causes(self) -> dict[str, int]:
-        """All cycles by cause: ``compute`` (the array is busy), then the stalls. They sum to ``cycles``."""
-        return {"compute": self.busy, **self.stalls}
+        """All cycles by cause: ``busy``, then the stalls. They sum to ``cycles``."""
+        return {"busy": self.busy, **self.stalls}
 
     @property
     def traffic_bytes(self) -> int:

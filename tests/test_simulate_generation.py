@@ -198,7 +198,7 @@ def test_totals_keep_causes_parts_and_what_is_not_known() -> None:
     both = one.plus(other)
     assert both.stalls == {"weights": 2, "scale": 1}
     assert both.energy_uj == {"pe": None, "leakage": 0.5, "total": None}
-    assert both.causes == {"compute": 6, "weights": 2, "scale": 1}
+    assert both.causes == {"busy": 6, "weights": 2, "scale": 1}
     assert one.times(3) == one.plus(one).plus(one)
     # The buffers leak on while the array waits: half of 0.5 µJ more in half as many cycles more.
     waiting = Totals(cycles=4, busy=4, energy_uj={"pe": 1.0, "leakage": 0.5, "total": 1.5}).stalled("vector", 2)
