@@ -5,7 +5,6 @@ from __future__ import annotations
 from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib import data
 
-
 TERM_CONTROL = data.StructLayout({"valid": 1, "first": 1, "last": 1})
 """What accompanies the operands of a term.
 
