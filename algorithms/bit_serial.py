@@ -39,8 +39,11 @@ from termwise.algorithms.formats import Format
 from termwise.algorithms.integer import Parts, empty_parts, grid_tables
 from termwise.algorithms.packing import pack, unpack
 from termwise.algorithms.processing_element import (
+    ADDITION_CYCLES,
+    CHANNEL_SCALE_CYCLES,
+    HALF_CYCLES,
     HALF_SIGNIFICAND_BITS,
-    PIPELINE_STAGES,
+    INTEGER_TO_FLOAT_CYCLES,
     Fp16Activations,
     PipelineTiming,
     UnsupportedFormatError,
@@ -70,6 +73,9 @@ LARGEST_ACTIVATION = 2047 << 29
 Numerics = Literal["paper", "exact", "shared_exponent"]
 PartialSumRounding = Literal["truncate", "nearest_even"]
 Skipping = Literal["none", "tile", "row"]
+
+_STAGES: dict[Numerics, int] = {"paper": 5, "exact": 5, "shared_exponent": 4}
+"""Stages of the PE behind the issue of a term (``docs/microarchitecture.md``, section 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +169,18 @@ class BitSerialSpec(Fp16Activations):
 
     def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """The dequantizer takes one bit of a group's scale a cycle; then the group's value is added."""
-        return _bit_serial_pipeline(scale_bits(weights))
+        return self._pipeline(scale_bits(weights))
 
     def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
         """The same with FP16 scales."""
-        return _bit_serial_pipeline(HALF_SIGNIFICAND_BITS)
+        return self._pipeline(HALF_SIGNIFICAND_BITS)
+
+    def _pipeline(self, bits: int) -> PipelineTiming:
+        return PipelineTiming(
+            stages=_STAGES[self.numerics],
+            dequantizer_cycles=bits,
+            accumulator_cycles=INTEGER_TO_FLOAT_CYCLES + ADDITION_CYCLES + CHANNEL_SCALE_CYCLES + HALF_CYCLES,
+        )
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""
@@ -192,10 +205,6 @@ class BitSerialSpec(Fp16Activations):
                 f"the bit-serial PE with numerics {self.numerics!r} adds up groups of at most {longest} weights of "
                 f"{weights.name}, whose sums fit {SUM_BITS} bits; got {inputs}"
             )
-
-
-def _bit_serial_pipeline(bits: int) -> PipelineTiming:
-    return PipelineTiming(dequantization_cycles=bits, drain_cycles=PIPELINE_STAGES + bits + 1)
 
 
 def booth_digits(number: int, bits: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ No primary text settles the details below; each is a parameter here or our choic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
 from termwise.algorithms.processing_element import (
-    PIPELINE_STAGES,
+    HALF_PIPELINE,
     Fp16Activations,
     PipelineTiming,
     UnsupportedFormatError,
@@ -75,12 +75,11 @@ class DictionarySpec(Fp16Activations):
     def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:
         """One centroid a cycle, then the outliers of the row that has the most, as expected, rounded up."""
         outliers = math.ceil(expected_maximum(self.expected_outliers_per_row(weights, inputs), rows))
-        drain_cycles = PIPELINE_STAGES + 1 + self.centroids(weights) + outliers
-        return PipelineTiming(dequantization_cycles=0, drain_cycles=drain_cycles)
+        return replace(HALF_PIPELINE, end_of_row_cycles=1 + self.centroids(weights) + outliers)
 
     def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
         """Nothing is scaled: the pipeline alone."""
-        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
+        return HALF_PIPELINE
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
         """Indices are buffered as they are packed."""

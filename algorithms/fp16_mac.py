@@ -12,7 +12,7 @@ from termwise.algorithms.formats import Format
 from termwise.algorithms.grid import Weights, row_blocks
 from termwise.algorithms.integer import Parts
 from termwise.algorithms.processing_element import (
-    PIPELINE_STAGES,
+    HALF_PIPELINE,
     Fp16Activations,
     PipelineTiming,
     check_weights_can_be_read,
@@ -41,11 +41,11 @@ class Fp16MacSpec(Fp16Activations):
 
     def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
         """Nothing is scaled: the pipeline alone."""
-        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
+        return HALF_PIPELINE
 
     def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
         """The same."""
-        return PipelineTiming(dequantization_cycles=0, drain_cycles=PIPELINE_STAGES)
+        return HALF_PIPELINE
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:  # noqa: ARG002
         """16 bits per weight: they are decoded before they are buffered."""

@@ -13,8 +13,20 @@ class UnsupportedFormatError(InputError):
     """The PE has no way to take the weights of this format; the message says why."""
 
 
-PIPELINE_STAGES = 3
-"""Stages of every PE behind the cycle in which a term is issued (``docs/microarchitecture.md``, section 3)."""
+ACCUMULATOR_ROWS = 8
+"""Rows that share a column accumulator: their PEs hand their sums over one after the other
+(``docs/microarchitecture.md``, section 3, for this and for what follows)."""
+
+INTEGER_TO_FLOAT_CYCLES = 3
+SCALING_CYCLES = 4
+ADDITION_CYCLES = 7
+CHANNEL_SCALE_CYCLES = 4
+HALF_CYCLES = 2
+"""Cycles of the parts of a column accumulator: a sum becomes FP32, is multiplied by the scale, is added to y; y is
+multiplied by the channel scale, and becomes FP16."""
+
+SYSTOLIC_GROUP_DISTANCE = 2 * ACCUMULATOR_ROWS
+"""Least distance of the ends of two groups with systolic movement: rows come to their accumulator two cycles apart."""
 
 HALF_SIGNIFICAND_BITS = 11
 HALF_BITS = 16
@@ -35,16 +47,46 @@ class PipelineTiming:
     """What a PE's pipeline costs beside the issue of terms (``docs/microarchitecture.md``, section 3), in cycles.
 
     Attributes:
-        dequantization_cycles: least distance of the last terms of two groups; 0 or 1 where nothing waits.
-        drain_cycles: from the last issue of a tile until its outputs may leave the array.
+        stages: of the PE, behind the cycle in which a term is issued (P).
+        accumulator_cycles: of the column accumulator, from its chain into the output memory (L).
+        dequantizer_cycles: of a PE that multiplies its sum by the scale bit by bit (B).
+        end_of_row_cycles: what a PE does between the last term of a row and the end of its sum (X).
+        has_groups: whether sums are handed over at the end of every group, not of every row alone.
     """
 
-    dequantization_cycles: int
-    drain_cycles: int
+    stages: int
+    accumulator_cycles: int
+    dequantizer_cycles: int = 0
+    end_of_row_cycles: int = 0
+    has_groups: bool = True
+
+    @property
+    def group_distance_cycles(self) -> int:
+        """Least distance of the last terms of two groups; 0 where nothing waits."""
+        return max(self.dequantizer_cycles, ACCUMULATOR_ROWS) if self.has_groups else 0
+
+    @property
+    def drain_cycles(self) -> int:
+        """From the last issue of a tile until its outputs may leave the array."""
+        handed_over = self.stages + self.end_of_row_cycles + self.dequantizer_cycles + ACCUMULATOR_ROWS
+        return handed_over + self.accumulator_cycles
 
 
-BIT_PARALLEL_PIPELINE = PipelineTiming(dequantization_cycles=1, drain_cycles=PIPELINE_STAGES + 2)
-"""Of the PEs that scale a group's sum and add it, in a cycle each."""
+HALF_PIPELINE = PipelineTiming(stages=3, accumulator_cycles=HALF_CYCLES, has_groups=False)
+"""Of a PE that adds products of FP16 numbers into an FP32 accumulator of its own."""
+
+BIT_PARALLEL_PIPELINE = PipelineTiming(
+    stages=3, accumulator_cycles=SCALING_CYCLES + ADDITION_CYCLES + CHANNEL_SCALE_CYCLES + HALF_CYCLES
+)
+"""Of a PE whose sum of a group is FP32."""
+
+_INTEGER_ACCUMULATOR_CYCLES = INTEGER_TO_FLOAT_CYCLES + SCALING_CYCLES + ADDITION_CYCLES + HALF_CYCLES
+
+INTEGER_PIPELINE = PipelineTiming(stages=4, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
+"""Of a PE whose sum of a group is an integer."""
+
+WIDE_INTEGER_PIPELINE = PipelineTiming(stages=5, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
+"""Of four of them that make one."""
 
 
 def scale_bits(format: Format) -> int:
@@ -168,12 +210,17 @@ class BitParallelSpec:
         return 1
 
     def pipeline(self, weights: Format, inputs: int, rows: int) -> PipelineTiming:  # noqa: ARG002
-        """A group's sum is scaled in one cycle and added in the next."""
-        return BIT_PARALLEL_PIPELINE
+        """Sums are FP32 beside FP16 activations, integers beside integers, where four PEs have a stage more."""
+        return self._pipeline(self.processing_elements_per_product(weights))
 
-    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:  # noqa: ARG002
+    def key_value_pipeline(self, key_value_bits: int) -> PipelineTiming:
         """The same."""
-        return BIT_PARALLEL_PIPELINE
+        return self._pipeline(self.key_value_processing_elements_per_product(key_value_bits))
+
+    def _pipeline(self, elements: int) -> PipelineTiming:
+        if self.activations == "fp16":
+            return BIT_PARALLEL_PIPELINE
+        return INTEGER_PIPELINE if elements == 1 else WIDE_INTEGER_PIPELINE
 
     def buffer_bits(self, weights: Format, outputs: int, inputs: int) -> float:
         """Weights are buffered as they are packed."""

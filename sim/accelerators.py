@@ -32,7 +32,7 @@ from termwise.algorithms.flint import FlintSpec
 from termwise.algorithms.formats import Format, get_format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
-from termwise.algorithms.processing_element import ProcessingElementSpec
+from termwise.algorithms.processing_element import SYSTOLIC_GROUP_DISTANCE, PipelineTiming, ProcessingElementSpec
 from termwise.algorithms.workload import PHASES, Phase
 from termwise.sim.dram import MAXIMUM_CLOCK_MHZ, Dram, get_dram
 
@@ -229,6 +229,11 @@ class Accelerator:
         """Cycles by which the last PE of the array is behind the first (``docs/microarchitecture.md``, section 3)."""
         array = self.array(phase)
         return array.rows + array.columns - 2 if self.movement == "systolic" else 0
+
+    def group_distance_cycles(self, pipeline: PipelineTiming) -> int:
+        """Least distance of the last terms of two groups (``docs/microarchitecture.md``, section 3)."""
+        least = SYSTOLIC_GROUP_DISTANCE if self.movement == "systolic" and pipeline.has_groups else 0
+        return max(pipeline.group_distance_cycles, least)
 
     def array_area_um2(self, phase: Phase) -> float | None:
         """Area of all PEs in ``phase``; None where that of one is not known."""

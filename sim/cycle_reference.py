@@ -389,7 +389,7 @@ def run_tile_program_by_cycles(
         # 4. Whose cycle this is. 5. One cycle of work.
         if array == "issue":
             ends_group = steps[next_step].terms[next_term]
-            held = last_group_end is not None and cycle < last_group_end + program.dequantization_cycles
+            held = last_group_end is not None and cycle < last_group_end + program.group_distance_cycles
             cause = "scale" if ends_group and held else "busy"
             if cause == "busy":
                 next_term += 1

@@ -241,7 +241,7 @@ def explain(
         return Cost(compute_cycles=count.busy_cycles, dram_cycles=dram_cycles, cycles=count.cycles)
 
     def without_pipeline(product: Product, accelerator: Accelerator) -> Cost:
-        return simulated(replace(product, drain_cycles=0, dequantization_cycles=0), accelerator)
+        return simulated(replace(product, drain_cycles=0, group_distance_cycles=0), accelerator)
 
     with_pipeline = product_total(CLASSES, simulated)
     stages = [

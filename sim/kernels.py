@@ -346,7 +346,7 @@ class TileProgram(NamedTuple):
     lanes: int
     group_inputs: int  # inputs under one scale, 0 for all of them; a step never reaches into the next group
     cycles_per_step: int
-    dequantization_cycles: int  # least distance of the ends of two groups
+    group_distance_cycles: int  # least distance of the ends of two groups
     drain_cycles: int
     weight_total_bytes: int  # the whole weight matrix in external memory, metadata included
     burst_bytes: int  # bytes that ideal memory moves in one cycle; 0 where a memory with pages is given
@@ -406,7 +406,7 @@ def fill_issue_table(program: TileProgram, step_cycles: NDArray[np.uint8], table
     group_steps = -(-program.group_inputs // program.lanes)
     passes = -(-steps // program.segment_steps)
     chunks = _chunks_of_segment(program)
-    distance = program.dequantization_cycles
+    distance = program.group_distance_cycles
     tile_columns = program.columns * program.token_groups
     last_tokens = program.tokens - (-(-program.tokens // tile_columns) - 1) * tile_columns
     for index in range(table.shape[0]):
@@ -880,7 +880,7 @@ def run_product(
             issue = issue_table[row_tile if issue_table.shape[0] > 1 else 0, is_last_column, chunk]
             held = issue[HELD]
             if issue[FIRST_END] > 0:
-                wait = max(0, group_end + program.dequantization_cycles - (now + issue[FIRST_END] - 1))
+                wait = max(0, group_end + program.group_distance_cycles - (now + issue[FIRST_END] - 1))
                 held += wait
                 group_end = now + issue[LAST_END] - 1 + wait
             array = COMPUTING

@@ -54,7 +54,7 @@ class Product:
         weight_buffer_bits: bits per weight on chip; they set what fits.
         weight_total_bytes: bytes of the whole matrix off chip.
         group_inputs: inputs that share a scale; 0 for the whole row.
-        dequantization_cycles: least distance of the ends of two groups; 0 or 1 where there is none.
+        group_distance_cycles: least distance of the ends of two groups; 0 or 1 where there is none.
         drain_cycles: from a tile's last issue until its outputs may leave.
         weight_buffer_bytes, activation_buffer_bytes: both halves.
         divisible: whether the reduction may be split into passes.
@@ -73,7 +73,7 @@ class Product:
     weight_buffer_bits: float
     weight_total_bytes: int
     group_inputs: int
-    dequantization_cycles: int
+    group_distance_cycles: int
     drain_cycles: int
     weight_buffer_bytes: int
     activation_buffer_bytes: int
@@ -154,7 +154,7 @@ def _whole(product: Product) -> TileProgram:
         lanes=product.lanes,
         group_inputs=product.group_inputs,
         cycles_per_step=product.cycles_per_step,
-        dequantization_cycles=product.dequantization_cycles,
+        group_distance_cycles=product.group_distance_cycles,
         drain_cycles=product.drain_cycles,
         weight_total_bytes=product.weight_total_bytes,
         burst_bytes=product.burst_bytes,
@@ -209,7 +209,7 @@ def check_count_range(program: TileProgram) -> None:
     row_tiles, column_tiles, passes = tile_counts(program)
     tiles = row_tiles * column_tiles
     steps = ceil_divide(program.reduction, program.lanes) + program.reduction
-    issue = tiles * steps * program.token_groups * (program.cycles_per_step + program.dequantization_cycles)
+    issue = tiles * steps * program.token_groups * (program.cycles_per_step + program.group_distance_cycles)
     traffic = planned_traffic(program).total_bytes
     cycles = issue + tiles * passes * program.drain_cycles + traffic
     limit = COUNTER_LIMIT if program.burst_bytes else PICOSECOND_COUNTER_LIMIT

@@ -268,7 +268,7 @@ def product_of(gemm: Gemm, accelerator: Accelerator, phase: Phase, weights: Form
         weight_buffer_bits=buffer_bits,
         weight_total_bytes=total_bytes,
         group_inputs=group_inputs if group_inputs < gemm.reduction else 0,
-        dequantization_cycles=pipeline.dequantization_cycles,
+        group_distance_cycles=accelerator.group_distance_cycles(pipeline),
         drain_cycles=pipeline.drain_cycles + accelerator.movement_cycles(phase),
         weight_buffer_bytes=accelerator.weight_buffer_bytes,
         activation_buffer_bytes=accelerator.activation_buffer_bytes,

@@ -8,7 +8,7 @@ that of ``termwise.algorithms.reference``, whose outputs the tile's equal in eve
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,14 @@ from termwise.algorithms.flint import FlintSpec
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.operands import HALF_BIAS, WeightOperands, split_half, weight_operands
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
-from termwise.algorithms.processing_element import PIPELINE_STAGES, ProcessingElementSpec
+from termwise.algorithms.processing_element import (
+    ACCUMULATOR_ROWS,
+    ADDITION_CYCLES,
+    INTEGER_TO_FLOAT_CYCLES,
+    SCALING_CYCLES,
+    PipelineTiming,
+    ProcessingElementSpec,
+)
 from termwise.algorithms.quantize import QuantizedTensor
 from termwise.algorithms.reference import (
     accumulate,
@@ -58,7 +65,7 @@ class TileRun:
     Attributes:
         outputs: float32 [tokens, outputs], as they leave.
         busy_cycles, scale_cycles, drain_cycles: of the sequencer's states; they sum to ``cycles``.
-        changes: what changes when; ``PIPELINE_STAGES`` and the rest of section 3 are in the cycles.
+        changes: what changes when; the stages of section 3 are in the cycles.
     """
 
     outputs: NDArray[np.float32]
@@ -102,15 +109,14 @@ def run_tile(spec: ProcessingElementSpec, tensor: QuantizedTensor, activations: 
         raise InputError(f"a tile of {products} products; expected {MOST_VALUES} at most, cycle by cycle")
     run = TileRun(outputs=np.zeros((activations.shape[0], tensor.shape[0]), dtype=np.float32))
     pipeline = spec.pipeline(tensor.format, tensor.shape[1], tensor.shape[0])
-    distance = pipeline.dequantization_cycles
     if isinstance(spec, BitSerialSpec):
-        _bit_serial(run, spec, weight_operands(tensor), activations, distance)
+        _bit_serial(run, spec, weight_operands(tensor), activations, pipeline)
     elif isinstance(spec, OutlierVictimSpec | FlintSpec):
-        _bit_parallel(run, weight_operands(tensor), activations)
+        _bit_parallel(run, weight_operands(tensor), activations, pipeline)
     elif isinstance(spec, Fp16MacSpec):
-        _fp16_mac(run, half_weights(tensor), activations)
+        _fp16_mac(run, half_weights(tensor), activations, pipeline)
     elif isinstance(spec, DictionarySpec):
-        _dictionary(run, tensor, activations)
+        _dictionary(run, tensor, activations, pipeline)
     else:
         raise InputError(f"there is no tile of a {spec.kind} PE")
     run.show(run.cycles, "sequencer", state="LEAVE")
@@ -163,7 +169,11 @@ def _drain(run: TileRun, cycles: int) -> None:
 
 
 def _bit_serial(
-    run: TileRun, spec: BitSerialSpec, weights: WeightOperands, activations: NDArray[np.float16], distance: int
+    run: TileRun,
+    spec: BitSerialSpec,
+    weights: WeightOperands,
+    activations: NDArray[np.float16],
+    pipeline: PipelineTiming,
 ) -> None:
     significands, exponents = (part.tolist() for part in split_half(activations))
     outputs, inputs = weights.numerators.shape
@@ -195,7 +205,7 @@ def _bit_serial(
 
     state: dict[tuple[int, int], Any] = {}
     shift = spec.align_bits - 11
-    for issue in _walk(run, groups, spec.lanes, terms_of, distance):
+    for issue in _walk(run, groups, spec.lanes, terms_of, pipeline.group_distance_cycles):
         for token, output in np.ndindex(run.outputs.shape):
             term = issue.terms[output]
             start = (0, 0) if spec.numerics == "paper" else 0
@@ -217,7 +227,7 @@ def _bit_serial(
                     for (f, e), digit in zip(pairs, lane_digits, strict=True):
                         aligned = shift_right(abs(f), greatest - e - shift, spec.rounding)
                         value += (aligned if f > 0 else -aligned) * digit << base
-            shown = issue.cycle + PIPELINE_STAGES + 1
+            shown = issue.cycle + pipeline.stages + 1
             registers = {"sum": value[0], "exponent": value[1]} if spec.numerics == "paper" else {"sum": value}
             run.show(shown, _scope(output, token), **registers)
             state[token, output] = value
@@ -237,25 +247,33 @@ def _bit_serial(
             exponent -= int(weights.fraction_bits[output, issue.group])
             run.outputs[token, output] += float32_of(scaled, exponent)
             run.show(shown, _scope(output, token), dequantizing=1)
-            run.show(shown + distance, _scope(output, token), dequantizing=0)
+            run.show(shown + pipeline.dequantizer_cycles, _scope(output, token), dequantizing=0)
             y = float(run.outputs[token, output])
-            run.show(shown + distance + 1, _scope(output, token), y=y)
-    _drain(run, PIPELINE_STAGES + distance + 1)
+            accumulated = _at_accumulator(shown, output, pipeline) + INTEGER_TO_FLOAT_CYCLES + ADDITION_CYCLES
+            run.show(accumulated, _scope(output, token), y=y)
+    _drain(run, pipeline.drain_cycles)
     if weights.channel_scales is not None:
         run.outputs *= weights.channel_scales
+
+
+def _at_accumulator(shown: int, output: int, pipeline: PipelineTiming) -> int:
+    """The cycle in which a sum that is complete in cycle ``shown`` has come to the column accumulator of its row."""
+    return shown + pipeline.dequantizer_cycles + 1 + output % ACCUMULATOR_ROWS
 
 
 def _one_term(outputs: int) -> Any:
     return lambda _group, _columns: [[0]] * outputs
 
 
-def _bit_parallel(run: TileRun, weights: WeightOperands, activations: NDArray[np.float16]) -> None:
+def _bit_parallel(
+    run: TileRun, weights: WeightOperands, activations: NDArray[np.float16], pipeline: PipelineTiming
+) -> None:
     split_half(activations)  # refuses what is not finite
     outputs, inputs = weights.numerators.shape
     groups = [range(inputs)[weights.columns(group)] for group in range(weights.groups)]
     sums = np.zeros_like(run.outputs)
-    for issue in _walk(run, groups, 1, _one_term(outputs), 1):
-        shown = issue.cycle + PIPELINE_STAGES + 1
+    for issue in _walk(run, groups, 1, _one_term(outputs), pipeline.group_distance_cycles):
+        shown = issue.cycle + pipeline.stages + 1
         for token, output in np.ndindex(run.outputs.shape):
             column = issue.columns.start
             sums[token, output] += np.float32(activations[token, column]) * np.float32(
@@ -268,13 +286,16 @@ def _bit_parallel(run: TileRun, weights: WeightOperands, activations: NDArray[np
                 scale = float32_of(int(weights.scale_significands[output, issue.group]), exponent)
                 run.outputs[token, output] += sums[token, output] * scale
                 sums[token, output] = 0
-                run.show(shown + 2, _scope(output, token), y=float(run.outputs[token, output]))
-    _drain(run, PIPELINE_STAGES + 2)
+                accumulated = _at_accumulator(shown, output, pipeline) + SCALING_CYCLES + ADDITION_CYCLES
+                run.show(accumulated, _scope(output, token), y=float(run.outputs[token, output]))
+    _drain(run, pipeline.drain_cycles)
     if weights.channel_scales is not None:
         run.outputs *= weights.channel_scales
 
 
-def _fp16_mac(run: TileRun, weights: NDArray[np.float16], activations: NDArray[np.float16]) -> None:
+def _fp16_mac(
+    run: TileRun, weights: NDArray[np.float16], activations: NDArray[np.float16], pipeline: PipelineTiming
+) -> None:
     split_half(activations)
     for issue in _walk(run, [range(weights.shape[1])], 1, _one_term(weights.shape[0]), 0):
         column = issue.columns.start
@@ -282,11 +303,13 @@ def _fp16_mac(run: TileRun, weights: NDArray[np.float16], activations: NDArray[n
         run.outputs += products
         for token, output in np.ndindex(run.outputs.shape):
             y = float(run.outputs[token, output])
-            run.show(issue.cycle + PIPELINE_STAGES + 1, _scope(output, token), y=y)
-    _drain(run, PIPELINE_STAGES)
+            run.show(issue.cycle + pipeline.stages + 1, _scope(output, token), y=y)
+    _drain(run, pipeline.drain_cycles)
 
 
-def _dictionary(run: TileRun, tensor: QuantizedTensor, activations: NDArray[np.float16]) -> None:
+def _dictionary(
+    run: TileRun, tensor: QuantizedTensor, activations: NDArray[np.float16], pipeline: PipelineTiming
+) -> None:
     split_half(activations)
     coder = tensor.coder
     assert isinstance(coder, DictionaryCoder)
@@ -304,9 +327,9 @@ def _dictionary(run: TileRun, tensor: QuantizedTensor, activations: NDArray[np.f
                 continue
             code = int(codes[output, column])
             bins[token, output, code] += np.float32(activations[token, column])
-            shown = issue.cycle + PIPELINE_STAGES + 1
+            shown = issue.cycle + pipeline.stages + 1
             run.show(shown, _scope(output, token), bin=code, sum=float(bins[token, output, code]))
-    begin = run.busy_cycles + PIPELINE_STAGES + 1  # the cycle of the last issue, and 5: the first product
+    begin = run.busy_cycles + pipeline.stages + 1  # one cycle after the last bin is complete: the first product
     for token, output in np.ndindex(run.outputs.shape):
         y = np.float32(0)
         terms = [(bins[token, output, code], centroids[code]) for code in range(centroids.size)]
@@ -315,4 +338,5 @@ def _dictionary(run: TileRun, tensor: QuantizedTensor, activations: NDArray[np.f
             y += left * right
             run.show(begin + 1 + place, _scope(output, token), y=float(y))
         run.outputs[token, output] = y
-    _drain(run, PIPELINE_STAGES + 1 + centroids.size + max(len(row) for row in outliers))
+    last_row = replace(pipeline, end_of_row_cycles=1 + centroids.size + max(len(row) for row in outliers))
+    _drain(run, last_row.drain_cycles)

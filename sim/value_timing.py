@@ -7,6 +7,8 @@ terms that are not zero. At the end of a tile GOBO's PE takes the outliers of th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from termwise.algorithms.datatypes import common_unit
 from termwise.algorithms.dictionary import DictionaryCoder, DictionarySpec
 from termwise.algorithms.grid import Grid
 from termwise.algorithms.operands import booth_bits
-from termwise.algorithms.processing_element import PIPELINE_STAGES, ProcessingElementSpec
+from termwise.algorithms.processing_element import ProcessingElementSpec
 from termwise.algorithms.quantize import QuantizedTensor
 from termwise.sim.cycle import ValueTiming
 
@@ -180,8 +182,8 @@ def value_timing(spec: ProcessingElementSpec, tensor: QuantizedTensor, rows: int
     outputs, inputs = tensor.shape
     cycles = spec.cycles_per_step(tensor.format)
     tiles = -(-outputs // rows)
-    drain = spec.pipeline(tensor.format, inputs, min(rows, outputs)).drain_cycles
-    drain_cycles = np.full(tiles, drain, dtype=np.int64)
+    pipeline = spec.pipeline(tensor.format, inputs, min(rows, outputs))
+    drain_cycles = np.full(tiles, pipeline.drain_cycles, dtype=np.int64)
     if isinstance(spec, BitSerialSpec):
         step_cycles = _bit_serial_steps(spec, tensor, rows)
     else:
@@ -193,5 +195,6 @@ def value_timing(spec: ProcessingElementSpec, tensor: QuantizedTensor, rows: int
         assert isinstance(coder, DictionaryCoder)
         outliers = np.bincount(coder.positions // coder.inputs, minlength=outputs)
         most = np.array([outliers[tile].max() for tile in _tiles(outliers, rows)], dtype=np.int64)
-        drain_cycles = PIPELINE_STAGES + 1 + spec.centroids(tensor.format) + most
+        of_no_row = replace(pipeline, end_of_row_cycles=0).drain_cycles
+        drain_cycles = of_no_row + 1 + spec.centroids(tensor.format) + most
     return ValueTiming(step_cycles=step_cycles, drain_cycles=drain_cycles)

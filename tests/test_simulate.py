@@ -49,7 +49,7 @@ def product(**changes: float) -> Product:
         weight_buffer_bits=8,
         weight_total_bytes=32,
         group_inputs=0,
-        dequantization_cycles=0,
+        group_distance_cycles=0,
         drain_cycles=0,
         weight_buffer_bytes=4096,
         activation_buffer_bytes=4096,
@@ -75,7 +75,7 @@ def products(draw: st.DrawFn) -> Product:
         weight_buffer_bits=draw(st.sampled_from([3.1, 4, 8, 16])),
         weight_total_bytes=draw(st.integers(1, 2 * outputs * reduction)),
         group_inputs=draw(st.sampled_from([0, 3, 4, 6, 8, 16, 128])),
-        dequantization_cycles=draw(st.sampled_from([0, 1, 8, 11])),
+        group_distance_cycles=draw(st.sampled_from([0, 1, 8, 11])),
         drain_cycles=draw(st.sampled_from([0, 1, 4, 12])),
         weight_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
         activation_buffer_bytes=draw(st.sampled_from([256, 384, 512, 2048])),
@@ -180,7 +180,7 @@ def test_fast_forward_changes_nothing_in_a_large_product(weights_stationary: boo
         lanes=4,
         cycles_per_step=2,
         group_inputs=128,
-        dequantization_cycles=8,
+        group_distance_cycles=8,
         drain_cycles=12,
         weight_buffer_bits=4.1,
         weight_total_bytes=11008 * 2116,
@@ -314,12 +314,12 @@ def test_full_write_back_register_holds_the_next_tile(run: Runner) -> None:
 def test_groups_shorter_than_their_scaling_take_its_time(run: Runner) -> None:
     # 8 inputs in 2 groups of 4: one step of 2 cycles each with 4 lanes, but scaling takes 8: the last issues of the
     # groups are 8 cycles apart, 2 of them busy.
-    short = product(lanes=4, cycles_per_step=2, group_inputs=4, dequantization_cycles=8)
+    short = product(lanes=4, cycles_per_step=2, group_inputs=4, group_distance_cycles=8)
     count = run(plan_product(short))
     assert (count.busy_cycles, count.stalls.scale) == (4, 6)
     # 128 inputs at 2 cycles per step hide it: 32 steps of 2 cycles.
     long = product(
-        lanes=4, cycles_per_step=2, group_inputs=128, dequantization_cycles=8, reduction=256, weight_total_bytes=1024
+        lanes=4, cycles_per_step=2, group_inputs=128, group_distance_cycles=8, reduction=256, weight_total_bytes=1024
     )
     count = run(plan_product(long))
     assert (count.busy_cycles, count.stalls.scale) == (128, 0)
