@@ -74,7 +74,7 @@ Numerics = Literal["paper", "exact", "shared_exponent"]
 PartialSumRounding = Literal["truncate", "nearest_even"]
 Skipping = Literal["none", "tile", "row"]
 
-_STAGES: dict[Numerics, int] = {"paper": 5, "exact": 5, "shared_exponent": 4}
+_STAGES: dict[Numerics, int] = {"paper": 6, "exact": 6, "shared_exponent": 5}
 """Stages of the PE behind the issue of a term (``docs/microarchitecture.md``, section 3)."""
 
 

@@ -72,20 +72,20 @@ class PipelineTiming:
         return handed_over + self.accumulator_cycles
 
 
-HALF_PIPELINE = PipelineTiming(stages=3, accumulator_cycles=HALF_CYCLES, has_groups=False)
+HALF_PIPELINE = PipelineTiming(stages=4, accumulator_cycles=HALF_CYCLES, has_groups=False)
 """Of a PE that adds products of FP16 numbers into an FP32 accumulator of its own."""
 
 BIT_PARALLEL_PIPELINE = PipelineTiming(
-    stages=3, accumulator_cycles=SCALING_CYCLES + ADDITION_CYCLES + CHANNEL_SCALE_CYCLES + HALF_CYCLES
+    stages=4, accumulator_cycles=SCALING_CYCLES + ADDITION_CYCLES + CHANNEL_SCALE_CYCLES + HALF_CYCLES
 )
 """Of a PE whose sum of a group is FP32."""
 
 _INTEGER_ACCUMULATOR_CYCLES = INTEGER_TO_FLOAT_CYCLES + SCALING_CYCLES + ADDITION_CYCLES + HALF_CYCLES
 
-INTEGER_PIPELINE = PipelineTiming(stages=4, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
+INTEGER_PIPELINE = PipelineTiming(stages=5, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
 """Of a PE whose sum of a group is an integer."""
 
-WIDE_INTEGER_PIPELINE = PipelineTiming(stages=5, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
+WIDE_INTEGER_PIPELINE = PipelineTiming(stages=6, accumulator_cycles=_INTEGER_ACCUMULATOR_CYCLES)
 """Of four of them that make one."""
 
 

@@ -1,0 +1,332 @@
+"""BitMoD's PE: one term, a signed power of two, of every lane's weight per cycle.
+
+``docs/microarchitecture.md``, section 2.3, says what the three numerics compute. What stands on the borders of an array
+(term generators, alignment of activations to a shared exponent) and what follows the PE (dequantizer, chain, column
+accumulator) are components of their own.
+
+The authors' published RTL does not align a dot product whose exponent is the smaller one, leaves subnormal activations
+open, and keeps 21 of the 23 bits of a dequantized sum (``facts``: their repository, read for the project). None of it is
+repeated here, and tests pin each.
+"""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.errors import InputError
+from termwise.rtl.processing_element import HALF_OPERAND, TERM_CONTROL, decode_half, delayed
+from termwise.rtl.shifting import shift_right
+
+DIGIT = data.StructLayout({"present": 1, "negative": 1, "shift": 3})
+"""A digit ± 2^shift of a weight, or none."""
+
+MAXIMUM_SHIFT = 4
+BASE_BITS = 3
+MAXIMUM_BASE = 6
+EXPONENT_BITS = 6
+"""Of e and G of numerics ``paper``: an activation's exponent up to 30, a digit's up to 4, a base up to 6, and growth."""
+
+HALF_EXPONENT_BITS = 5
+HALF_SIGNIFICAND_BITS = 11
+LARGEST_HALF_EXPONENT = 30
+
+
+def weight_terms(lanes: int) -> data.StructLayout:
+    """A term of the weights of one row: a digit for every lane, and the power of two that all of them stand for."""
+    return data.StructLayout({"digits": data.ArrayLayout(DIGIT, lanes), "base": BASE_BITS})
+
+
+def aligned_shape(spec: BitSerialSpec) -> Shape:
+    """Of an activation that is aligned to its group's exponent; one bit more where rounding may carry into it."""
+    carries = spec.rounding == "nearest_even" and spec.align_bits < HALF_SIGNIFICAND_BITS
+    return signed(spec.align_bits + 1 + carries)
+
+
+def activation_layout(spec: BitSerialSpec) -> data.ArrayLayout:
+    """The activations of a step of one column: FP16 numbers, or aligned ones with numerics ``shared_exponent``."""
+    shared = spec.numerics == "shared_exponent"
+    return data.ArrayLayout(aligned_shape(spec) if shared else HALF_OPERAND, spec.lanes)
+
+
+def sum_layout(spec: BitSerialSpec, sum_bits: int) -> data.StructLayout:
+    """The sum of a group: ``significand`` · 2^(exponent + constant) of ``paper``, else a whole number."""
+    if spec.numerics == "paper":
+        return data.StructLayout({"significand": signed(spec.accumulator_bits), "exponent": EXPONENT_BITS})
+    return data.StructLayout({"significand": signed(sum_bits), "exponent": 0})
+
+
+def least_sum_bits(spec: BitSerialSpec, largest_numerator: int, group_inputs: int) -> int:
+    """Bits of a signed number that holds every sum of a group of ``group_inputs`` weights of up to this numerator.
+
+    Raises ``InputError`` where ``BitSerialSpec.check_group`` would: more than 64 bits.
+    """
+    if spec.numerics == "paper":
+        return spec.accumulator_bits
+    activation = (
+        ((1 << HALF_SIGNIFICAND_BITS) - 1) << (LARGEST_HALF_EXPONENT - 1)
+        if spec.numerics == "exact"
+        else 1 << spec.align_bits
+    )
+    bits = (activation * largest_numerator * group_inputs).bit_length() + 1
+    if bits > 64:
+        raise InputError(
+            f"a group of {group_inputs} weights of up to {largest_numerator} has sums of {bits} bits with numerics "
+            f"{spec.numerics!r}; expected 64 at most"
+        )
+    return bits
+
+
+class ActivationAligner(wiring.Component):
+    """Aligns the activations of one step and column to the largest exponent of their group (``shared_exponent``).
+
+    q = ± ⌊f · 2^(A - 11) / 2^(E - E_i)⌋ on the magnitude, or the nearest. It stands on the border of an array, once for
+    each column.
+
+    Latency 1 cycle, one step per cycle, no flow control.
+
+    Ports: ``halves``: the lanes' FP16 numbers, the first lane lowest. ``exponent``: E, 1 to 30. ``aligned``: q, signed.
+    """
+
+    latency = 1
+
+    def __init__(self, spec: BitSerialSpec) -> None:
+        self.spec = spec
+        super().__init__(
+            {
+                "halves": In(data.ArrayLayout(16, spec.lanes)),
+                "exponent": In(HALF_EXPONENT_BITS),
+                "aligned": Out(data.ArrayLayout(aligned_shape(spec), spec.lanes)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:  # noqa: ARG002
+        m = Module()
+        for lane in range(self.spec.lanes):
+            operand = decode_half(m, self.halves[lane])
+            distance = Signal(HALF_EXPONENT_BITS, name=f"distance_{lane}")
+            m.d.comb += distance.eq(self.exponent - operand.exponent)
+            magnitude = _aligned(m, self.spec, operand.significand, distance, f"lane_{lane}")
+            m.d.sync += self.aligned[lane].eq(Mux(operand.sign, -magnitude, magnitude))
+        return m
+
+
+def _aligned(m: Module, spec: BitSerialSpec, significand: Value, distance: Value, name: str) -> Value:
+    """A magnitude of 11 bits in ``align_bits`` bits, shifted right by ``distance``."""
+    spare = spec.align_bits - HALF_SIGNIFICAND_BITS
+    value = Cat(Const(0, spare), significand) if spare > 0 else significand
+    quotient, increment = shift_right(m, value, distance + max(-spare, 0), spec.rounding, name)
+    return quotient + increment if spec.rounding == "nearest_even" else quotient
+
+
+class BitSerialPe(wiring.Component):
+    """Adds the products of one term of ``lanes`` weights with their activations to the sum of a group.
+
+    Latency: ``latency`` cycles from operands to the sum, one term per cycle, no flow control: what is issued completes.
+
+    Ports:
+        weight: ``weight_terms(lanes)``, from the row's term generator.
+        activation: ``activation_layout(spec)``, from the border of the column.
+        control: valid, first and last term of a group.
+        sum: ``sum_layout``: the group accumulator.
+
+    Args:
+        spec: lanes, numerics and widths.
+        sum_bits: of the accumulator with numerics ``exact`` and ``shared_exponent`` (``least_sum_bits``).
+    """
+
+    def __init__(self, spec: BitSerialSpec, sum_bits: int = 0) -> None:
+        self.spec = spec
+        self.sum_bits = sum_bits or least_sum_bits(spec, 32, 128)
+        self.latency = 3 if spec.numerics == "shared_exponent" else 4
+        super().__init__(
+            {
+                "weight": In(weight_terms(spec.lanes)),
+                "activation": In(activation_layout(spec)),
+                "control": In(TERM_CONTROL),
+                "sum": Out(sum_layout(spec, self.sum_bits)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:  # noqa: ARG002
+        m = Module()
+        {"paper": self._paper, "exact": self._exact, "shared_exponent": self._shared}[self.spec.numerics](m)
+        return m
+
+    # ---- numerics shared_exponent ----
+
+    def _shared(self, m: Module) -> None:
+        # Shift and sign: the lane's product with its digit.
+        width = aligned_shape(self.spec).width + MAXIMUM_SHIFT
+        products = []
+        for lane, digit in enumerate(self.weight.digits):
+            product = Signal(signed(width), name=f"product_{lane}")
+            shifted = Signal(signed(width), name=f"shifted_{lane}")
+            m.d.comb += shifted.eq(Mux(digit.present, _shift_left(self.activation[lane], digit.shift), 0))
+            m.d.sync += product.eq(Mux(digit.negative, -shifted, shifted))
+            products.append(product)
+        self._add_up(m, products)
+
+    # ---- numerics exact ----
+
+    def _exact(self, m: Module) -> None:
+        products = []
+        for lane, digit in enumerate(self.weight.digits):
+            operand = self.activation[lane]
+            # Shift by the digit, with its sign.
+            magnitude = Signal(HALF_SIGNIFICAND_BITS + MAXIMUM_SHIFT, name=f"magnitude_{lane}")
+            scaled = Signal(signed(HALF_SIGNIFICAND_BITS + MAXIMUM_SHIFT + 1), name=f"scaled_{lane}")
+            places = Signal(HALF_EXPONENT_BITS, name=f"places_{lane}")
+            m.d.comb += magnitude.eq(Mux(digit.present, _shift_left(operand.significand, digit.shift), 0))
+            m.d.sync += [
+                scaled.eq(Mux(digit.negative ^ operand.sign, -magnitude, magnitude)),
+                places.eq(operand.exponent - 1),
+            ]
+            # Shift by the exponent: whole multiples of 2^-24.
+            product = Signal(signed(len(scaled) + LARGEST_HALF_EXPONENT - 1), name=f"product_{lane}")
+            m.d.sync += product.eq(scaled << places)
+            products.append(product)
+        self._add_up(m, products)
+
+    def _add_up(self, m: Module, products: list[Signal]) -> None:
+        """Tree of the lanes' products, then the accumulator, for sums that lose nothing."""
+        before = self.latency - 2
+        base = delayed(m, self.weight.base, before, "base")
+        control = delayed(m, self.control.as_value(), before, "control")
+        # Tree.
+        lanes_bits = (len(products) - 1).bit_length()
+        dot_product = Signal(signed(len(products[0]) + lanes_bits))
+        m.d.sync += dot_product.eq(_tree(products))
+        base, control = delayed(m, base, 1, "base_of_sum"), delayed(m, control, 1, "control_of_sum")
+        # Group accumulator.
+        term = data.View(TERM_CONTROL, control)
+        total = Signal(signed(self.sum_bits))
+        addend = Signal(signed(len(dot_product) + MAXIMUM_BASE))
+        m.d.comb += [addend.eq(dot_product << base), self.sum.significand.eq(total)]
+        with m.If(term.valid):
+            m.d.sync += total.eq(Mux(term.first, 0, total) + addend)
+
+    # ---- numerics paper ----
+
+    def _paper(self, m: Module) -> None:
+        spec = self.spec
+        # Exponent match: the largest exponent of the lanes that are there, and each lane's distance to it.
+        exponents, there = [], []
+        for lane, digit in enumerate(self.weight.digits):
+            operand = self.activation[lane]
+            exponents.append(operand.exponent + digit.shift)
+            there.append(digit.present & operand.significand.any())
+        greatest = Signal(EXPONENT_BITS)
+        m.d.comb += greatest.eq(_greatest([Mux(one, e, 0) for e, one in zip(exponents, there, strict=True)]))
+        exponent = Signal(EXPONENT_BITS)
+        m.d.sync += exponent.eq(greatest + self.weight.base)
+        magnitude_bits = spec.align_bits + (aligned_shape(spec).width - spec.align_bits - 1)
+        products = []
+        for lane, digit in enumerate(self.weight.digits):
+            operand = self.activation[lane]
+            distance = Signal(EXPONENT_BITS, name=f"distance_{lane}")
+            significand = Signal(HALF_SIGNIFICAND_BITS, name=f"significand_{lane}")
+            negative = Signal(name=f"negative_{lane}")
+            m.d.sync += [
+                distance.eq(greatest - exponents[lane]),
+                significand.eq(Mux(digit.present, operand.significand, 0)),
+                negative.eq(digit.negative ^ operand.sign),
+            ]
+            # Align.
+            magnitude = Signal(magnitude_bits, name=f"magnitude_{lane}")
+            product = Signal(signed(magnitude_bits + 1), name=f"product_{lane}")
+            m.d.comb += magnitude.eq(_aligned(m, spec, significand, distance, f"lane_{lane}"))
+            m.d.sync += product.eq(Mux(negative, -magnitude, magnitude))
+            products.append(product)
+        # Tree.
+        dot_product = Signal(signed(magnitude_bits + 1 + (spec.lanes - 1).bit_length()))
+        m.d.sync += dot_product.eq(_tree(products))
+        exponent_of_tree = delayed(m, exponent, 1, "exponent")
+        control = data.View(TERM_CONTROL, delayed(m, self.control.as_value(), 3, "control"))
+        self._accumulate(m, dot_product, exponent_of_tree, control)
+
+    def _accumulate(self, m: Module, dot_product: Signal, next_exponent: Value, control: data.View) -> None:
+        """(S, G) ← (S, G) + (D, e'). The loop of one cycle: everything that does not need S is computed before.
+
+        ``next_exponent`` is e' of the term that ``dot_product`` will hold in the next cycle; ``distance`` = e' - G of
+        the term that it holds now.
+        """
+        spec = self.spec
+        significand = Signal(signed(spec.accumulator_bits))
+        greatest = Signal(EXPONENT_BITS)
+        exponent = Signal(EXPONENT_BITS)
+        distance = Signal(signed(EXPONENT_BITS + 1))
+        opposite = Signal(signed(EXPONENT_BITS + 1))
+        m.d.sync += exponent.eq(next_exponent)
+        # The sum counts unless it is empty; the smaller exponent's side is shifted right.
+        empty = Signal()
+        takes = Signal()
+        m.d.comb += [
+            empty.eq(control.first | (significand == 0)),
+            takes.eq(empty | (distance >= 0)),
+        ]
+        old, old_bit = shift_right(m, significand, _positive(distance), spec.rounding, "old")
+        new, new_bit = shift_right(m, dot_product, _positive(opposite), spec.rounding, "new")
+        total = Signal(signed(max(spec.accumulator_bits, len(dot_product)) + 1))
+        m.d.comb += total.eq(
+            Mux(empty, 0, old) + Mux(empty, dot_product, new) + (~empty & (old_bit | new_bit))
+        )
+        changes = Signal()
+        m.d.comb += changes.eq(control.valid & (dot_product != 0))
+        # The next term's distance to what G will be is ready but for the excess.
+        ahead = Signal(signed(EXPONENT_BITS + 1))
+        away = Signal(signed(EXPONENT_BITS + 1))
+        m.d.comb += [
+            ahead.eq(next_exponent - Mux(takes & changes, exponent, greatest)),
+            away.eq(Mux(takes & changes, exponent, greatest) - next_exponent),
+        ]
+        m.d.sync += [distance.eq(ahead), opposite.eq(away)]
+        # Back into the width of the accumulator, by as few places as possible.
+        excesses = range(len(total) - spec.accumulator_bits + (2 if spec.rounding == "nearest_even" else 1))
+        kept = Signal(signed(spec.accumulator_bits))
+        excess = Signal(range(len(excesses) + 1))
+        for places in reversed(excesses):
+            rounded, bit = shift_right(m, total, Const(places), spec.rounding, f"excess_{places}")
+            value = Signal(signed(len(total) + 1), name=f"kept_{places}")
+            m.d.comb += value.eq(rounded + bit)
+            fits = (value[spec.accumulator_bits - 1 :] == 0) | value[spec.accumulator_bits - 1 :].all()
+            with m.If(fits):
+                m.d.comb += [kept.eq(value), excess.eq(places)]
+                with m.If(changes):
+                    m.d.sync += [distance.eq(ahead - places), opposite.eq(away + places)]
+        with m.If(changes):
+            m.d.sync += [significand.eq(kept), greatest.eq(Mux(takes, exponent, greatest) + excess)]
+        with m.Elif(control.valid & control.first):
+            m.d.sync += significand.eq(0)
+        m.d.comb += [self.sum.significand.eq(significand), self.sum.exponent.eq(greatest)]
+
+
+def _shift_left(value: Value, places: Value) -> Value:
+    """``value`` · 2^places, places 0 to 4."""
+    return Mux(places[2], value << 4, Mux(places[1], Mux(places[0], value << 3, value << 2), value << places[0]))
+
+
+def _positive(value: Value) -> Value:
+    """``value``, or 0 where it is negative, without its sign."""
+    return Mux(value[-1], 0, value[:-1])
+
+
+def _tree(values: list[Signal]) -> Value:
+    """The sum of ``values`` as a balanced tree."""
+    level: list[Value] = list(values)
+    while len(level) > 1:
+        level = [level[place] + level[place + 1] if place + 1 < len(level) else level[place] for place in range(0, len(level), 2)]
+    return level[0]
+
+
+def _greatest(values: list[Value]) -> Value:
+    """The largest of ``values`` as a balanced tree."""
+    level = values
+    while len(level) > 1:
+        level = [
+            Mux(level[place] > level[place + 1], level[place], level[place + 1]) if place + 1 < len(level) else level[place]
+            for place in range(0, len(level), 2)
+        ]
+    return level[0]
