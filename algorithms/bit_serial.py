@@ -74,7 +74,7 @@ Numerics = Literal["paper", "exact", "shared_exponent"]
 PartialSumRounding = Literal["truncate", "nearest_even"]
 Skipping = Literal["none", "tile", "row"]
 
-_STAGES: dict[Numerics, int] = {"paper": 6, "exact": 6, "shared_exponent": 5}
+_STAGES: dict[Numerics, int] = {"paper": 7, "exact": 6, "shared_exponent": 5}
 """Stages of the PE behind the issue of a term (``docs/microarchitecture.md``, section 3)."""
 
 
@@ -175,9 +175,14 @@ class BitSerialSpec(Fp16Activations):
         """The same with FP16 scales."""
         return self._pipeline(HALF_SIGNIFICAND_BITS)
 
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline behind the issue of a term."""
+        return _STAGES[self.numerics]
+
     def _pipeline(self, bits: int) -> PipelineTiming:
         return PipelineTiming(
-            stages=_STAGES[self.numerics],
+            stages=self.stages,
             dequantizer_cycles=bits,
             accumulator_cycles=INTEGER_TO_FLOAT_CYCLES + ADDITION_CYCLES + CHANNEL_SCALE_CYCLES + HALF_CYCLES,
         )

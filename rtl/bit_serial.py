@@ -17,7 +17,7 @@ from amaranth.lib.wiring import In, Out
 
 from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError
-from termwise.rtl.processing_element import HALF_OPERAND, TERM_CONTROL, decode_half, delayed
+from termwise.rtl.processing_element import HALF_OPERAND, STAGES_OUTSIDE, TERM_CONTROL, decode_half, delayed
 from termwise.rtl.shifting import shift_right
 
 DIGIT = data.StructLayout({"present": 1, "negative": 1, "shift": 3})
@@ -140,7 +140,7 @@ class BitSerialPe(wiring.Component):
     def __init__(self, spec: BitSerialSpec, sum_bits: int = 0) -> None:
         self.spec = spec
         self.sum_bits = sum_bits or least_sum_bits(spec, 32, 128)
-        self.latency = 3 if spec.numerics == "shared_exponent" else 4
+        self.latency = spec.stages - STAGES_OUTSIDE
         super().__init__(
             {
                 "weight": In(weight_terms(spec.lanes)),
@@ -212,95 +212,101 @@ class BitSerialPe(wiring.Component):
 
     def _paper(self, m: Module) -> None:
         spec = self.spec
-        # Exponent match: the largest exponent of the lanes that are there, and each lane's distance to it.
-        exponents, there = [], []
+        magnitude_bits = aligned_shape(spec).width - 1
+        exponents, significands, negatives = [], [], []
         for lane, digit in enumerate(self.weight.digits):
+            # Product: its exponent, 0 where the lane is absent, and its significand.
             operand = self.activation[lane]
-            exponents.append(operand.exponent + digit.shift)
-            there.append(digit.present & operand.significand.any())
-        greatest = Signal(EXPONENT_BITS)
-        m.d.comb += greatest.eq(_greatest([Mux(one, e, 0) for e, one in zip(exponents, there, strict=True)]))
-        exponent = Signal(EXPONENT_BITS)
-        m.d.sync += exponent.eq(greatest + self.weight.base)
-        magnitude_bits = spec.align_bits + (aligned_shape(spec).width - spec.align_bits - 1)
-        products = []
-        for lane, digit in enumerate(self.weight.digits):
-            operand = self.activation[lane]
-            distance = Signal(EXPONENT_BITS, name=f"distance_{lane}")
+            exponent = Signal(EXPONENT_BITS, name=f"exponent_{lane}")
             significand = Signal(HALF_SIGNIFICAND_BITS, name=f"significand_{lane}")
             negative = Signal(name=f"negative_{lane}")
             m.d.sync += [
-                distance.eq(greatest - exponents[lane]),
+                exponent.eq(Mux(digit.present & operand.significand.any(), operand.exponent + digit.shift, 0)),
                 significand.eq(Mux(digit.present, operand.significand, 0)),
                 negative.eq(digit.negative ^ operand.sign),
             ]
+            exponents.append(exponent)
+            significands.append(delayed(m, significand, 1, f"significand_{lane}"))
+            negatives.append(delayed(m, negative, 1, f"negative_{lane}"))
+        # Exponent match: the largest exponent of the lanes, and each lane's distance to it.
+        greatest = Signal(EXPONENT_BITS)
+        matched = Signal(EXPONENT_BITS)
+        m.d.comb += greatest.eq(_greatest(exponents))
+        m.d.sync += matched.eq(greatest + delayed(m, self.weight.base, 1, "base"))
+        products = []
+        for lane, exponent in enumerate(exponents):
+            distance = Signal(EXPONENT_BITS, name=f"distance_{lane}")
+            m.d.sync += distance.eq(greatest - exponent)
             # Align.
             magnitude = Signal(magnitude_bits, name=f"magnitude_{lane}")
             product = Signal(signed(magnitude_bits + 1), name=f"product_{lane}")
-            m.d.comb += magnitude.eq(_aligned(m, spec, significand, distance, f"lane_{lane}"))
-            m.d.sync += product.eq(Mux(negative, -magnitude, magnitude))
+            m.d.comb += magnitude.eq(_aligned(m, spec, significands[lane], distance, f"lane_{lane}"))
+            m.d.sync += product.eq(Mux(negatives[lane], -magnitude, magnitude))
             products.append(product)
         # Tree.
         dot_product = Signal(signed(magnitude_bits + 1 + (spec.lanes - 1).bit_length()))
         m.d.sync += dot_product.eq(_tree(products))
-        exponent_of_tree = delayed(m, exponent, 1, "exponent")
+        exponent_of_tree = delayed(m, matched, 1, "matched")
         control = data.View(TERM_CONTROL, delayed(m, self.control.as_value(), 3, "control"))
         self._accumulate(m, dot_product, exponent_of_tree, control)
 
-    def _accumulate(self, m: Module, dot_product: Signal, next_exponent: Value, control: data.View) -> None:
-        """(S, G) ← (S, G) + (D, e'). The loop of one cycle: everything that does not need S is computed before.
+    def _accumulate(self, m: Module, dot_product: Signal, next_exponent: Value, next_control: data.View) -> None:
+        """(S, G) ← (S, G) + (D, e'), in a loop of one cycle: what does not need S is computed a cycle ahead.
 
-        ``next_exponent`` is e' of the term that ``dot_product`` will hold in the next cycle; ``distance`` = e' - G of
-        the term that it holds now.
+        ``next_exponent`` and ``next_control`` are those of the term that ``dot_product`` will hold in the next cycle.
         """
         spec = self.spec
         significand = Signal(signed(spec.accumulator_bits))
-        greatest = Signal(EXPONENT_BITS)
-        exponent = Signal(EXPONENT_BITS)
-        distance = Signal(signed(EXPONENT_BITS + 1))
-        opposite = Signal(signed(EXPONENT_BITS + 1))
-        m.d.sync += exponent.eq(next_exponent)
-        # The sum counts unless it is empty; the smaller exponent's side is shifted right.
-        empty = Signal()
-        takes = Signal()
-        m.d.comb += [
-            empty.eq(control.first | (significand == 0)),
-            takes.eq(empty | (distance >= 0)),
-        ]
+        greatest = Signal(EXPONENT_BITS)  # G
+        exponent = Signal(EXPONENT_BITS)  # e'
+        control = Signal(TERM_CONTROL)
+        zero = Signal(init=1)  # S = 0
+        empty = Signal(init=1)  # there is no sum that counts: S = 0, or the term is the first of a group
+        distance = Signal(signed(EXPONENT_BITS + 1))  # e' - G
+        opposite = Signal(signed(EXPONENT_BITS + 1))  # G - e'
+        m.d.sync += [exponent.eq(next_exponent), control.eq(next_control)]
+        # The smaller exponent's side is shifted right.
+        takes = Signal()  # e' becomes G, but for the excess
+        m.d.comb += takes.eq(empty | (distance >= 0))
         old, old_bit = shift_right(m, significand, _positive(distance), spec.rounding, "old")
-        new, new_bit = shift_right(m, dot_product, _positive(opposite), spec.rounding, "new")
+        new, new_bit = shift_right(m, dot_product, Mux(takes, 0, opposite[:-1]), spec.rounding, "new")
         total = Signal(signed(max(spec.accumulator_bits, len(dot_product)) + 1))
-        m.d.comb += total.eq(
-            Mux(empty, 0, old) + Mux(empty, dot_product, new) + (~empty & (old_bit | new_bit))
-        )
-        changes = Signal()
-        m.d.comb += changes.eq(control.valid & (dot_product != 0))
-        # The next term's distance to what G will be is ready but for the excess.
+        aligned = Mux(empty, 0, old) + new
+        m.d.comb += total.eq(aligned if spec.rounding == "truncate" else aligned + (~empty & (old_bit | new_bit)))
+        # Where G would be without an excess, and how far the next term is from it.
+        meeting = Mux(takes, exponent, greatest)
         ahead = Signal(signed(EXPONENT_BITS + 1))
         away = Signal(signed(EXPONENT_BITS + 1))
-        m.d.comb += [
-            ahead.eq(next_exponent - Mux(takes & changes, exponent, greatest)),
-            away.eq(Mux(takes & changes, exponent, greatest) - next_exponent),
-        ]
-        m.d.sync += [distance.eq(ahead), opposite.eq(away)]
+        m.d.comb += [ahead.eq(next_exponent - meeting), away.eq(meeting - next_exponent)]
         # Back into the width of the accumulator, by as few places as possible.
-        excesses = range(len(total) - spec.accumulator_bits + (2 if spec.rounding == "nearest_even" else 1))
-        kept = Signal(signed(spec.accumulator_bits))
-        excess = Signal(range(len(excesses) + 1))
-        for places in reversed(excesses):
-            rounded, bit = shift_right(m, total, Const(places), spec.rounding, f"excess_{places}")
-            value = Signal(signed(len(total) + 1), name=f"kept_{places}")
-            m.d.comb += value.eq(rounded + bit)
-            fits = (value[spec.accumulator_bits - 1 :] == 0) | value[spec.accumulator_bits - 1 :].all()
-            with m.If(fits):
-                m.d.comb += [kept.eq(value), excess.eq(places)]
-                with m.If(changes):
-                    m.d.sync += [distance.eq(ahead - places), opposite.eq(away + places)]
+        changes = Signal()
+        is_zero = Signal()
+        m.d.comb += [changes.eq(control.valid & (dot_product != 0)), is_zero.eq(zero)]
         with m.If(changes):
-            m.d.sync += [significand.eq(kept), greatest.eq(Mux(takes, exponent, greatest) + excess)]
-        with m.Elif(control.valid & control.first):
-            m.d.sync += significand.eq(0)
+            m.d.comb += is_zero.eq(total == 0)
+            for places in reversed(range(self._most_excess(total) + 1)):
+                rounded, bit = shift_right(m, total, Const(places, EXPONENT_BITS), spec.rounding, f"excess_{places}")
+                value = Signal(signed(len(total) + 1), name=f"kept_{places}")
+                m.d.comb += value.eq(rounded if spec.rounding == "truncate" else rounded + bit)
+                above = value[spec.accumulator_bits - 1 :]  # the sign and copies of it, where the value fits
+                with m.If(~(above[1:] ^ above[:-1]).any()):
+                    m.d.sync += [
+                        significand.eq(value),
+                        greatest.eq(meeting + places),
+                        distance.eq(ahead - places),
+                        opposite.eq(away + places),
+                    ]
+        with m.Else():
+            with m.If(control.valid & control.first):
+                m.d.sync += significand.eq(0)
+                m.d.comb += is_zero.eq(1)
+            m.d.sync += [distance.eq(next_exponent - greatest), opposite.eq(greatest - next_exponent)]
+        m.d.sync += [zero.eq(is_zero), empty.eq(is_zero | (next_control.valid & next_control.first))]
         m.d.comb += [self.sum.significand.eq(significand), self.sum.exponent.eq(greatest)]
+
+    def _most_excess(self, total: Signal) -> int:
+        """Places by which a sum may have to be shifted: one more where rounding up makes it as long as it was."""
+        return len(total) - self.spec.accumulator_bits + (self.spec.rounding == "nearest_even")
 
 
 def _shift_left(value: Value, places: Value) -> Value:
@@ -322,11 +328,18 @@ def _tree(values: list[Signal]) -> Value:
 
 
 def _greatest(values: list[Value]) -> Value:
-    """The largest of ``values`` as a balanced tree."""
-    level = values
-    while len(level) > 1:
-        level = [
-            Mux(level[place] > level[place + 1], level[place], level[place + 1]) if place + 1 < len(level) else level[place]
-            for place in range(0, len(level), 2)
-        ]
-    return level[0]
+    """The largest of ``values``: each against each, four at a time."""
+    while len(values) > 1:
+        values = [_greatest_of_few(values[place : place + 4]) for place in range(0, len(values), 4)]
+    return values[0]
+
+
+def _greatest_of_few(values: list[Value]) -> Value:
+    wins = {(one, other): values[one] >= values[other] for other in range(len(values)) for one in range(other)}
+    found: Value = Const(0)
+    for one, value in enumerate(values):
+        # The first of equals wins: it is not below any later one, and above all before it.
+        best = [wins[one, later] for later in range(one + 1, len(values))]
+        best += [~wins[before, one] for before in range(one)]
+        found = found | Mux(Cat(best).all(), value, 0)
+    return found

@@ -5,6 +5,9 @@ from __future__ import annotations
 from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib import data
 
+STAGES_OUTSIDE = 2
+"""Stages that are not in the PE: the memory's output register, and decoders and operand registers on the borders."""
+
 TERM_CONTROL = data.StructLayout({"valid": 1, "first": 1, "last": 1})
 """What accompanies the operands of a term.
 
