@@ -5,8 +5,7 @@
 accumulator) are components of their own.
 
 The authors' published RTL does not align a dot product whose exponent is the smaller one, leaves subnormal activations
-open, and keeps 21 of the 23 bits of a dequantized sum (``facts``: their repository, read for the project). None of it is
-repeated here, and tests pin each.
+open, and keeps 21 of the 23 bits of a dequantized sum. None of it is repeated here, and tests pin each.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAXIMUM_SHIFT = 4
 BASE_BITS = 3
 MAXIMUM_BASE = 6
 EXPONENT_BITS = 6
-"""Of e and G of numerics ``paper``: an activation's exponent up to 30, a digit's up to 4, a base up to 6, and growth."""
+"""Of e and G of numerics ``paper``: an activation's exponent (30), a digit's (4), a base (6), and growth."""
 
 HALF_EXPONENT_BITS = 5
 HALF_SIGNIFICAND_BITS = 11
@@ -102,7 +101,7 @@ class ActivationAligner(wiring.Component):
             }
         )
 
-    def elaborate(self, platform: object) -> Module:  # noqa: ARG002
+    def elaborate(self, platform: object) -> Module:
         m = Module()
         for lane in range(self.spec.lanes):
             operand = decode_half(m, self.halves[lane])
@@ -150,7 +149,7 @@ class BitSerialPe(wiring.Component):
             }
         )
 
-    def elaborate(self, platform: object) -> Module:  # noqa: ARG002
+    def elaborate(self, platform: object) -> Module:
         m = Module()
         {"paper": self._paper, "exact": self._exact, "shared_exponent": self._shared}[self.spec.numerics](m)
         return m
@@ -213,6 +212,9 @@ class BitSerialPe(wiring.Component):
     def _paper(self, m: Module) -> None:
         spec = self.spec
         magnitude_bits = aligned_shape(spec).width - 1
+        m.submodules.exponent_match = match = Module()
+        m.submodules.multiplier = multiplier = Module()
+        m.submodules.group_accumulator = accumulator = Module()
         exponents, significands, negatives = [], [], []
         for lane, digit in enumerate(self.weight.digits):
             # Product: its exponent, 0 where the lane is absent, and its significand.
@@ -220,35 +222,37 @@ class BitSerialPe(wiring.Component):
             exponent = Signal(EXPONENT_BITS, name=f"exponent_{lane}")
             significand = Signal(HALF_SIGNIFICAND_BITS, name=f"significand_{lane}")
             negative = Signal(name=f"negative_{lane}")
-            m.d.sync += [
-                exponent.eq(Mux(digit.present & operand.significand.any(), operand.exponent + digit.shift, 0)),
+            there = digit.present & operand.significand.any()
+            match.d.sync += exponent.eq(Mux(there, operand.exponent + digit.shift, 0))
+            multiplier.d.sync += [
                 significand.eq(Mux(digit.present, operand.significand, 0)),
                 negative.eq(digit.negative ^ operand.sign),
             ]
             exponents.append(exponent)
-            significands.append(delayed(m, significand, 1, f"significand_{lane}"))
-            negatives.append(delayed(m, negative, 1, f"negative_{lane}"))
+            significands.append(delayed(multiplier, significand, 1, f"significand_{lane}"))
+            negatives.append(delayed(multiplier, negative, 1, f"negative_{lane}"))
         # Exponent match: the largest exponent of the lanes, and each lane's distance to it.
         greatest = Signal(EXPONENT_BITS)
         matched = Signal(EXPONENT_BITS)
-        m.d.comb += greatest.eq(_greatest(exponents))
-        m.d.sync += matched.eq(greatest + delayed(m, self.weight.base, 1, "base"))
+        match.d.comb += greatest.eq(_greatest(exponents))
+        match.d.sync += matched.eq(greatest + delayed(match, self.weight.base, 1, "base"))
         products = []
         for lane, exponent in enumerate(exponents):
             distance = Signal(EXPONENT_BITS, name=f"distance_{lane}")
-            m.d.sync += distance.eq(greatest - exponent)
+            match.d.sync += distance.eq(greatest - exponent)
             # Align.
             magnitude = Signal(magnitude_bits, name=f"magnitude_{lane}")
             product = Signal(signed(magnitude_bits + 1), name=f"product_{lane}")
-            m.d.comb += magnitude.eq(_aligned(m, spec, significands[lane], distance, f"lane_{lane}"))
-            m.d.sync += product.eq(Mux(negatives[lane], -magnitude, magnitude))
+            multiplier.d.comb += magnitude.eq(_aligned(multiplier, spec, significands[lane], distance, f"lane_{lane}"))
+            multiplier.d.sync += product.eq(Mux(negatives[lane], -magnitude, magnitude))
             products.append(product)
         # Tree.
         dot_product = Signal(signed(magnitude_bits + 1 + (spec.lanes - 1).bit_length()))
-        m.d.sync += dot_product.eq(_tree(products))
-        exponent_of_tree = delayed(m, matched, 1, "matched")
-        control = data.View(TERM_CONTROL, delayed(m, self.control.as_value(), 3, "control"))
-        self._accumulate(m, dot_product, exponent_of_tree, control)
+        multiplier.d.sync += dot_product.eq(_tree(products))
+        # Group accumulator, which is told one cycle before what comes.
+        exponent_of_tree = delayed(match, matched, 1, "matched")
+        control = data.View(TERM_CONTROL, delayed(accumulator, self.control.as_value(), 3, "control"))
+        self._accumulate(accumulator, dot_product, exponent_of_tree, control)
 
     def _accumulate(self, m: Module, dot_product: Signal, next_exponent: Value, next_control: data.View) -> None:
         """(S, G) ← (S, G) + (D, e'), in a loop of one cycle: what does not need S is computed a cycle ahead.
@@ -323,7 +327,10 @@ def _tree(values: list[Signal]) -> Value:
     """The sum of ``values`` as a balanced tree."""
     level: list[Value] = list(values)
     while len(level) > 1:
-        level = [level[place] + level[place + 1] if place + 1 < len(level) else level[place] for place in range(0, len(level), 2)]
+        level = [
+            level[place] + level[place + 1] if place + 1 < len(level) else level[place]
+            for place in range(0, len(level), 2)
+        ]
     return level[0]
 
 
