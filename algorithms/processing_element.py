@@ -17,13 +17,13 @@ ACCUMULATOR_ROWS = 8
 """Rows that share a column accumulator: their PEs hand their sums over one after the other
 (``docs/microarchitecture.md``, section 3, for this and for what follows)."""
 
-INTEGER_TO_FLOAT_CYCLES = 3
-SCALING_CYCLES = 4
+INTEGER_TO_FLOAT_CYCLES = 4
+SCALING_CYCLES = 6
 ADDITION_CYCLES = 7
-CHANNEL_SCALE_CYCLES = 4
-HALF_CYCLES = 2
+CHANNEL_SCALE_CYCLES = SCALING_CYCLES
+HALF_CYCLES = 3
 """Cycles of the parts of a column accumulator: a sum becomes FP32, is multiplied by the scale, is added to y; y is
-multiplied by the channel scale, and becomes FP16."""
+multiplied by the channel scale, becomes FP16, and is written into the output memory."""
 
 SYSTOLIC_GROUP_DISTANCE = 2 * ACCUMULATOR_ROWS
 """Least distance of the ends of two groups with systolic movement: rows come to their accumulator two cycles apart."""

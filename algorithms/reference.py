@@ -36,7 +36,7 @@ def float32_of(number: int, exponent: int) -> np.float32:
     magnitude = abs(number)
     dropped = max(magnitude.bit_length() - _FLOAT32_BITS, _FLOAT32_LEAST_EXPONENT - exponent, 0)
     kept = shift_right(magnitude, dropped, "nearest_even")
-    if kept.bit_length() + dropped + exponent > _FLOAT32_MOST:
+    if kept and kept.bit_length() + dropped + exponent > _FLOAT32_MOST:
         return np.float32(np.copysign(np.inf, number))
     return np.float32(np.copysign(np.ldexp(float(kept), dropped + exponent), number))
 

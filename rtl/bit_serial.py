@@ -234,7 +234,7 @@ class BitSerialPe(wiring.Component):
         # Exponent match: the largest exponent of the lanes, and each lane's distance to it.
         greatest = Signal(EXPONENT_BITS)
         matched = Signal(EXPONENT_BITS)
-        match.d.comb += greatest.eq(_greatest(exponents))
+        match.d.comb += greatest.eq(_greatest(match, exponents))
         match.d.sync += matched.eq(greatest + delayed(match, self.weight.base, 1, "base"))
         products = []
         for lane, exponent in enumerate(exponents):
@@ -334,19 +334,26 @@ def _tree(values: list[Signal]) -> Value:
     return level[0]
 
 
-def _greatest(values: list[Value]) -> Value:
+def _greatest(m: Module, values: list[Value]) -> Value:
     """The largest of ``values``: each against each, four at a time."""
     while len(values) > 1:
-        values = [_greatest_of_few(values[place : place + 4]) for place in range(0, len(values), 4)]
+        values = [_greatest_of_few(m, values[place : place + 4]) for place in range(0, len(values), 4)]
     return values[0]
 
 
-def _greatest_of_few(values: list[Value]) -> Value:
-    wins = {(one, other): values[one] >= values[other] for other in range(len(values)) for one in range(other)}
+def _greatest_of_few(m: Module, values: list[Value]) -> Value:
+    """Comparisons have names: an expression that is used twice would be built twice."""
+    wins = {}
+    for other in range(len(values)):
+        for one in range(other):
+            wins[one, other] = Signal(name=f"wins_{one}_{other}")
+            m.d.comb += wins[one, other].eq(values[one] >= values[other])
     found: Value = Const(0)
     for one, value in enumerate(values):
         # The first of equals wins: it is not below any later one, and above all before it.
         best = [wins[one, later] for later in range(one + 1, len(values))]
         best += [~wins[before, one] for before in range(one)]
         found = found | Mux(Cat(best).all(), value, 0)
-    return found
+    greatest = Signal.like(values[0], name="greatest_of_few")
+    m.d.comb += greatest.eq(found)
+    return greatest

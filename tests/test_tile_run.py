@@ -84,12 +84,12 @@ def test_registers_show_a_value_in_the_cycle_that_the_page_names() -> None:
     assert [states[cycle] for cycle in (0, 1, 2)] == ["ISSUE"] * 3
     assert [states[cycle] for cycle in range(3, 9)] == ["SCALE"] * 6
     assert (states[9], states[10]) == ("ISSUE", "DRAIN")
-    assert (run.busy_cycles, run.scale_cycles, run.drain_cycles) == (4, 6, 7 + 8 + 8 + 16)
-    assert states[10 + 39] == "LEAVE"
-    # Last terms in 1 and 9: sums 8 later; then 8 for the dequantizer, one for the chain, 3 and 7 for the accumulator.
+    assert (run.busy_cycles, run.scale_cycles, run.drain_cycles) == (4, 6, 7 + 8 + 8 + 20)
+    assert states[10 + 43] == "LEAVE"
+    # Last terms in 1 and 9: sums 8 later; then 8 for the dequantizer, one for the chain, 4 and 7 for the accumulator.
     assert [change.cycle for change in run.changes if change.name == "sum"] == [8, 9, 10, 17]
     assert [change.cycle for change in run.changes if change.name == "dequantizing"] == [9, 17, 17, 25]
-    assert [change.cycle for change in run.changes if change.name == "y"] == [17 + 1 + 10, 25 + 1 + 10]
+    assert [change.cycle for change in run.changes if change.name == "y"] == [17 + 1 + 11, 25 + 1 + 11]
 
 
 def test_a_tile_that_is_too_large_to_walk_is_refused() -> None:

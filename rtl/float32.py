@@ -1,0 +1,400 @@
+"""FP32 arithmetic as IEEE 754 has it: to the nearest, of ties to the even one, with subnormals and infinities.
+
+Each operation is a sequence of steps (section 3 of ``docs/microarchitecture.md`` counts them). The same steps make a
+pipeline, with a register behind each, and logic without a register, for the accumulators of one cycle.
+"""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from termwise.algorithms.processing_element import (
+    ADDITION_CYCLES,
+    HALF_CYCLES,
+    INTEGER_TO_FLOAT_CYCLES,
+    SCALING_CYCLES,
+)
+from termwise.rtl.processing_element import HALF_OPERAND
+
+FLOAT32 = data.StructLayout({"fraction": 23, "exponent": 8, "negative": 1})
+
+SIGNIFICAND_BITS = 24
+EXTRA_BITS = 3
+"""Below a significand while it is rounded: half, quarter, and whether anything is left (sticky)."""
+
+INFINITE_EXPONENT = 255
+BIAS = 127
+ROUNDING_CYCLES = HALF_CYCLES - 1
+"""Steps from FP32 to FP16; the output memory takes the last of ``HALF_CYCLES``."""
+
+LEAST_EXPONENT = -149
+"""Of a whole number that becomes FP32: the unit of subnormal numbers."""
+
+WIDE_EXPONENT = signed(12)
+"""An exponent on its way to the eight bits of the result."""
+
+
+class Steps:
+    """Logic cut into steps; ``keep`` ends one for a value: by a register, or by nothing."""
+
+    def __init__(self, module: Module, name: str, *, registered: bool) -> None:
+        self.module, self.name, self.registered = module, name, registered
+        self.count = 0
+
+    def signal(self, value: Value, name: str) -> Signal:
+        """``value`` under a name, within a step."""
+        signal = Signal(value.shape(), name=f"{self.name}_{name}")
+        self.module.d.comb += signal.eq(value)
+        return signal
+
+    def end(self, **values: Value) -> list[Signal]:
+        """The values as the next step sees them."""
+        self.count += 1
+        kept = []
+        for name, value in values.items():
+            signal = Signal(value.shape(), name=f"{self.name}_{name}_{self.count}", reset_less=True)
+            self.module.d["sync" if self.registered else "comb"] += signal.eq(value)
+            kept.append(signal)
+        return kept
+
+
+def leading_zeros(steps: Steps, value: Value, name: str) -> Value:
+    """Zeros above the highest one of ``value``; at least its width where there is none."""
+    width = 1 << (len(value) - 1).bit_length()
+    # Of every piece the count, whose top bit says that the piece is empty; two by two the upper one decides.
+    # Each level has names: an expression that is used twice would be built twice.
+    padded = steps.signal(Cat(Const(0, width - len(value)), value), f"{name}_zeros_0")
+    counts: list[Value] = [~padded[place] for place in range(width)]
+    level = 0
+    while len(counts) > 1:
+        level += 1
+        merged: list[Value] = []
+        for place in range(0, len(counts), 2):
+            low, high = counts[place], counts[place + 1]
+            below = Mux(high[-1], low[:-1], high[:-1]) if len(high) > 1 else Const(0, 0)
+            count = Cat(below, high[-1] & ~low[-1], high[-1] & low[-1])
+            merged.append(steps.signal(count, f"{name}_zeros_{level}_{place // 2}"))
+        counts = merged
+    return counts[0]
+
+
+def shift_right_sticky(steps: Steps, value: Value, places: Value, name: str) -> Value:
+    """``value`` >> ``places``, the lowest bit set where a one fell off. ``places`` may exceed the width."""
+    stages = len(value).bit_length()
+    everything = value.any()
+    for stage in range(min(stages, len(places))):
+        step = 1 << stage
+        fallen = value[: min(step, len(value))].any()
+        shifted = Cat(value[step] | fallen, value[step + 1 :]) if step < len(value) else fallen
+        value = steps.signal(Mux(places[stage], shifted, value), f"{name}_by_{step}")
+    if len(places) > stages:
+        value = steps.signal(Mux(places[stages:].any(), everything, value), f"{name}_far")
+    return value
+
+
+def unpack(bits: Value) -> tuple[Value, Value, Value]:
+    """(negative, biased exponent from 1, significand of 24 bits) of a finite FP32 number."""
+    number = data.View(FLOAT32, bits)
+    normal = number.exponent.any()
+    return number.negative, Cat(number.exponent[0] | ~normal, number.exponent[1:]), Cat(number.fraction, normal)
+
+
+def rounded(steps: Steps, negative: Value, exponent: Value, significand: Value) -> Value:
+    """FP32 of a ``significand`` of 24 + 3 bits and its biased ``exponent``, 0 where it is subnormal.
+
+    Rounding carries into the exponent, and from the largest number into infinity.
+    """
+    half, rest = significand[EXTRA_BITS - 1], significand[: EXTRA_BITS - 1].any()
+    up = half & (rest | significand[EXTRA_BITS])
+    over = exponent >= INFINITE_EXPONENT
+    fraction = significand[EXTRA_BITS : EXTRA_BITS + 23]
+    sum_ = steps.signal(Cat(fraction, exponent[:8])[:31] + up, "rounded")
+    return Cat(Mux(over, Const(INFINITE_EXPONENT << 23, 31), sum_[:31]), negative)
+
+
+def add(steps: Steps, left: Value, right: Value) -> Value:
+    """left + right in ``ADDITION_CYCLES`` steps. A NaN is 0x7fc00000."""
+    a, b = data.View(FLOAT32, left), data.View(FLOAT32, right)
+    # 1: the larger magnitude first; what is not finite.
+    swap = steps.signal(right[:31] > left[:31], "swap")
+    infinite = [number.exponent.all() for number in (a, b)]
+    nan = [one & number.fraction.any() for one, number in zip(infinite, (a, b), strict=True)]
+    subtract = a.negative ^ b.negative
+    large, small, subtract, special, is_nan = steps.end(
+        large=Mux(swap, right, left),
+        small=Mux(swap, left, right),
+        subtract=subtract,
+        special=infinite[0] | infinite[1],
+        nan=nan[0] | nan[1] | (infinite[0] & infinite[1] & subtract),
+    )
+    negative, exponent, significand = unpack(large)
+    _, exponent_small, significand_small = unpack(small)
+    # 2: the distance.
+    distance, negative, exponent, significand, significand_small, subtract, special, is_nan = steps.end(
+        distance=(exponent - exponent_small)[:8],
+        negative=negative,
+        exponent=exponent,
+        significand=significand,
+        small=significand_small,
+        subtract=subtract,
+        special=special,
+        nan=is_nan,
+    )
+    # 3: alignment.
+    aligned, negative, exponent, significand, subtract, special, is_nan = steps.end(
+        aligned=shift_right_sticky(steps, Cat(Const(0, EXTRA_BITS), significand_small), distance, "aligned"),
+        negative=negative,
+        exponent=exponent,
+        significand=significand,
+        subtract=subtract,
+        special=special,
+        nan=is_nan,
+    )
+    # 4: sum or difference, of 28 bits; never negative.
+    large_significand = Cat(Const(0, EXTRA_BITS), significand)
+    total = (large_significand + Mux(subtract, ~aligned, aligned) + subtract)[: SIGNIFICAND_BITS + EXTRA_BITS + 1]
+    total = Cat(total[:-1], total[-1] & ~subtract)
+    total, negative, exponent, subtract, special, is_nan = steps.end(
+        total=total, negative=negative, exponent=exponent, subtract=subtract, special=special, nan=is_nan
+    )
+    # 5: places to the left that the first one has to go, as far as the exponent allows. The bit above the significand
+    # is one place too many: it is counted from there, and the exponent is one more.
+    zeros = leading_zeros(steps, total, "total")[:5]
+    limited = steps.signal(exponent < zeros, "limited")
+    places = Mux(limited, exponent[:5], zeros)
+    total, places, negative, exponent, special, is_nan = steps.end(
+        total=total,
+        places=places,
+        negative=negative & ~(subtract & ~total.any()),  # what cancels is +0
+        exponent=exponent,
+        special=special,
+        nan=is_nan,
+    )
+    # 6: normalisation. The significand is the upper 24 of 28 bits now, and 4 bits are below it.
+    wide = steps.signal((total << places)[:28], "wide")
+    # Where the exponent limits the shift, the number is subnormal: its exponent field is 0.
+    subnormal = ~wide[27]
+    biased = Mux(subnormal, 0, exponent - places + 1)
+    kept = Cat(wide[0] | wide[1], wide[2:])
+    kept, biased, negative, special, is_nan = steps.end(
+        kept=kept, biased=biased[:9], negative=negative, special=special, nan=is_nan
+    )
+    # 7: rounding.
+    result = rounded(steps, negative, biased, kept)
+    infinity = Cat(Const(INFINITE_EXPONENT << 23, 31), negative)
+    (result,) = steps.end(result=Mux(is_nan, Const(0x7FC00000, 32), Mux(special, infinity, result)))
+    return result
+
+
+def multiply(steps: Steps, left: Value, right: Value) -> Value:
+    """left · right in ``SCALING_CYCLES`` steps; ``right`` is finite. Infinity · 0 is a NaN, 0x7fc00000."""
+    a = data.View(FLOAT32, left)
+    negative_left, exponent_left, significand_left = unpack(left)
+    negative_right, exponent_right, significand_right = unpack(right)
+    special = a.exponent.all()
+    # 1: two partial products.
+    low, high, exponent, negative, special, is_nan = steps.end(
+        low=significand_left * significand_right[:12],
+        high=significand_left * significand_right[12:],
+        exponent=_wide(exponent_left + exponent_right - BIAS),
+        negative=negative_left ^ negative_right,
+        special=special,
+        nan=special & (a.fraction.any() | ~right[:31].any()),
+    )
+    # 2: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
+    product, exponent, negative, special, is_nan = steps.end(
+        product=(low + (high << 12))[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
+    )
+    # 3: leading zeros.
+    zeros, product, exponent, negative, special, is_nan = steps.end(
+        zeros=leading_zeros(steps, product, "product")[:6],
+        product=product,
+        exponent=exponent,
+        negative=negative,
+        special=special,
+        nan=is_nan,
+    )
+    # 4: normalisation: the first one at the top. What is below 24 + 3 bits is kept as one bit.
+    wide = steps.signal((product << zeros)[:48], "wide")
+    kept, biased, negative, special, is_nan = steps.end(
+        kept=Cat(wide[:22].any(), wide[22:]),
+        biased=_wide(exponent - zeros + 1),
+        negative=negative,
+        special=special,
+        nan=is_nan,
+    )
+    return _finished(steps, kept, biased, negative, special, is_nan)
+
+
+def _finished(steps: Steps, kept: Value, biased: Value, negative: Value, special: Value, is_nan: Value) -> Value:
+    """The last two steps: subnormal numbers are shifted to the right; rounding."""
+    least = steps.signal(biased < 1, "least")
+    distance = steps.signal(_wide(1 - biased), "distance")
+    shifted = Mux(least, shift_right_sticky(steps, kept, distance[:11], "subnormal"), kept)
+    exponent = Mux(least | ~kept[-1], 0, biased)
+    kept, exponent, negative, special, is_nan = steps.end(
+        shifted=shifted, exponent=exponent[:11], negative=negative, special=special, nan=is_nan
+    )
+    result = rounded(steps, negative, exponent, kept)
+    infinity = Cat(Const(INFINITE_EXPONENT << 23, 31), negative)
+    (result,) = steps.end(result=Mux(is_nan, Const(0x7FC00000, 32), Mux(special, infinity, result)))
+    return result
+
+
+def _wide(value: Value) -> Value:
+    """``value`` as a wide exponent."""
+    return value.as_signed() if value.shape() == WIDE_EXPONENT else (value + Const(0, WIDE_EXPONENT))[:12].as_signed()
+
+
+def integer_to_float(steps: Steps, number: Value, exponent: Value) -> Value:
+    """number · 2^exponent, rounded once, in ``INTEGER_TO_FLOAT_CYCLES`` steps.
+
+    ``number`` is signed, ``exponent`` signed and not below ``LEAST_EXPONENT``.
+    """
+    width = max(len(number), SIGNIFICAND_BITS)
+    # 1: the magnitude. The most negative number has the magnitude 2^(width - 1), which fits.
+    magnitude, exponent, negative = steps.end(
+        magnitude=(Mux(number[-1], -number, number) + Const(0, width))[:width],
+        exponent=_wide(exponent),
+        negative=number[-1],
+    )
+    # 2: the field of the exponent where the first one is at the top; how far that is, and how far it may go.
+    zeros = leading_zeros(steps, magnitude, "magnitude")
+    room = steps.signal(_wide(exponent - LEAST_EXPONENT + width - SIGNIFICAND_BITS), "room")  # of a subnormal number
+    limited = steps.signal(room < zeros, "limited")
+    magnitude, places, biased, negative = steps.end(
+        magnitude=magnitude,
+        places=Mux(limited, room[: len(zeros)], zeros),
+        biased=_wide(Mux(limited, 0, exponent - zeros + (BIAS + width - 1))),
+        negative=negative,
+    )
+    # 3: normalisation to 24 + 3 bits and what is below.
+    wide = steps.signal((magnitude << places)[:width], "wide")
+    bits = SIGNIFICAND_BITS + EXTRA_BITS
+    kept = (
+        Cat(Const(0, bits - width), wide)
+        if width <= bits
+        else Cat(wide[: width - bits + 1].any(), wide[width - bits + 1 :])
+    )
+    kept, biased, negative = steps.end(kept=kept, biased=Mux(wide[-1], biased, 0)[:11], negative=negative & wide.any())
+    # 4: rounding.
+    (result,) = steps.end(result=rounded(steps, negative, biased, kept))
+    return result
+
+
+def to_half(steps: Steps, number: Value) -> Value:
+    """FP16 of an FP32 ``number``, rounded once, in ``ROUNDING_CYCLES`` steps."""
+    value = data.View(FLOAT32, number)
+    negative, exponent, significand = unpack(number)
+    special = value.exponent.all()
+    # 1: 11 + 3 bits; shifted further where the result is subnormal.
+    biased = steps.signal(_wide(exponent - (BIAS - 15)), "biased")
+    least = steps.signal(biased < 1, "least")
+    distance = steps.signal(_wide(1 - biased), "distance")
+    kept = steps.signal(Cat(significand[:11].any(), significand[11:]), "significand")
+    over = biased >= 31
+    kept, biased, negative, infinite, is_nan = steps.end(
+        kept=Mux(least, shift_right_sticky(steps, kept, distance[:8], "subnormal"), kept),
+        biased=Mux(least, 0, biased)[:5],
+        negative=negative,
+        infinite=over | special,
+        nan=special & value.fraction.any(),
+    )
+    # 2: rounding.
+    up = kept[2] & (kept[:2].any() | kept[3])
+    magnitude = (Cat(kept[3:13], biased) + up)[:15]
+    magnitude = Mux(is_nan, Const(0x7E00, 15), Mux(infinite, Const(0x7C00, 15), magnitude))
+    (result,) = steps.end(result=Cat(magnitude, negative))
+    return result
+
+
+def half_to_float(steps: Steps, operand: data.View) -> Value:
+    """FP32 of a ``HALF_OPERAND``, exactly, without a step: zeros before the significand make the exponent less."""
+    zeros = leading_zeros(steps, operand.significand, "significand")[:4]
+    exponent = operand.exponent + (BIAS - 15) - zeros
+    fraction = (operand.significand << zeros)[:10]
+    nonzero = operand.significand.any()
+    return Cat(Const(0, 13), Mux(nonzero, fraction, 0), Mux(nonzero, exponent[:8], 0), operand.sign)
+
+
+class Float32Adder(wiring.Component):
+    """left + right. Latency 7 cycles, a sum per cycle, no flow control. Ports: FP32 numbers."""
+
+    latency = ADDITION_CYCLES
+
+    def __init__(self) -> None:
+        super().__init__({"left": In(32), "right": In(32), "result": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        steps = Steps(m, "sum", registered=True)
+        m.d.comb += self.result.eq(add(steps, self.left, self.right))
+        assert steps.count == self.latency
+        return m
+
+
+class Float32Multiplier(wiring.Component):
+    """left · right. Latency 6 cycles, a product per cycle, no flow control. Ports: FP32 numbers, ``right`` finite."""
+
+    latency = SCALING_CYCLES
+
+    def __init__(self) -> None:
+        super().__init__({"left": In(32), "right": In(32), "result": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        steps = Steps(m, "product", registered=True)
+        m.d.comb += self.result.eq(multiply(steps, self.left, self.right))
+        assert steps.count == self.latency
+        return m
+
+
+class IntegerToFloat32(wiring.Component):
+    """number · 2^exponent as FP32, rounded once. Latency 4 cycles, a number per cycle, no flow control.
+
+    Ports: ``number``, signed, ``bits`` wide; ``exponent``, signed, at least -149; ``result``, FP32.
+    """
+
+    latency = INTEGER_TO_FLOAT_CYCLES
+
+    def __init__(self, bits: int) -> None:
+        super().__init__({"number": In(signed(bits)), "exponent": In(signed(10)), "result": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        steps = Steps(m, "float", registered=True)
+        m.d.comb += self.result.eq(integer_to_float(steps, self.number, self.exponent))
+        assert steps.count == self.latency
+        return m
+
+
+class Float32ToHalf(wiring.Component):
+    """FP16 of an FP32 number, rounded once. Latency 2 cycles, a number per cycle, no flow control."""
+
+    latency = ROUNDING_CYCLES
+
+    def __init__(self) -> None:
+        super().__init__({"number": In(32), "result": Out(16)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        steps = Steps(m, "half", registered=True)
+        m.d.comb += self.result.eq(to_half(steps, self.number))
+        assert steps.count == self.latency
+        return m
+
+
+class HalfToFloat32(wiring.Component):
+    """FP32 of a finite FP16 number. No latency. Ports: ``operand``: ``HALF_OPERAND``; ``result``: FP32."""
+
+    latency = 0
+
+    def __init__(self) -> None:
+        super().__init__({"operand": In(HALF_OPERAND), "result": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.d.comb += self.result.eq(half_to_float(Steps(m, "half", registered=False), self.operand))
+        return m
