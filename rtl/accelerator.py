@@ -182,19 +182,20 @@ class Accelerator(wiring.Component):
         ]
 
         # Control and status.
-        error, done, starts, stops = Signal(3), Signal(), Signal(), Signal()
+        error, done, starts, stops, running = Signal(3), Signal(), Signal(), Signal(), Signal()
         bad_counts, bad_type = Signal(), Signal()
         counts = [name for name, field in PROGRAM if field.width > 2]
         zero = Cat(*(getattr(program, name) == 0 for name in counts)).any()
         short = (program.group_steps > program.row_steps) | (program.chunk_steps > program.row_steps)
         m.d.comb += [
             starts.eq(registers.control[0]),
+            running.eq(sequencer.running | begin),
             stops.eq(registers.control[1]),
             bad_counts.eq(zero | short),
             bad_type.eq(array.layer.type >= len(path.types) if path.types else 0),
             registers.identity.eq(IDENTITY),
             registers.design.eq(design.digest),
-            registers.status.eq(Cat(sequencer.running, done, error.any())),
+            registers.status.eq(Cat(running, done, error.any())),
             registers.error.eq(error),
             registers.interrupt.eq(Cat(done, error.any())),
             self.interrupt.eq((registers.interrupt & registers.interrupt_enable).any()),
@@ -204,7 +205,7 @@ class Accelerator(wiring.Component):
             m.d.comb += clear.eq(1)
             m.d.sync += [error.eq(0), done.eq(0)]
         with m.Elif(starts):
-            with m.If(sequencer.running | begin):
+            with m.If(running):
                 m.d.sync += error.eq(4)
             with m.Else():
                 m.d.sync += [done.eq(0), error.eq(Mux(bad_counts, 3, Mux(bad_type, 5, 0)))]

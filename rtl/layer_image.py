@@ -195,7 +195,7 @@ def _bit_serial(
     else:
         scales = tensor.parts["scales"].astype(np.float16).view(np.uint16).astype(np.uint32)
         offset -= HALF_BIAS
-    channel = operands.channel_scales
+    channel = np.ones(len(scales), np.float32) if operands.channel_scales is None else operands.channel_scales
     layer |= {"type": index, "exponent_offset": offset}
     return (
         layer,

@@ -3,8 +3,8 @@
 The stream brings the chunks in the order of the program, for each first its weights, then its activations, as far as
 they are not there yet. Weights of a chunk: with the first chunk of a row the channel scales (FP32 of each row); before
 each group that begins its word (``GROUP_WORD`` of each row); the words of the steps. Activations of a chunk: with the
-first chunk of a row the scales of the columns, where activations are codes; the words of the steps. Every word begins in
-a beat of its own, its first bit the lowest.
+first chunk of a row the scales of the columns, where activations are codes; the words of the steps. Every word begins
+in a beat of its own, its first bit the lowest.
 """
 
 from __future__ import annotations

@@ -140,15 +140,13 @@ class Sequencer(wiring.Component):
                 pointers.begin_read(use, moved)
             each = self.steps_per_word[operand]
             word_ends = issues & last_term & (odd | last_of_row if each == 2 else Const(1))
-            moves = {
-                "step": word_ends,
-                "group": issues & ends_group,
-                "panel": issues & last_term & last_of_row,
-            }
+            # A group's word is read with its first step, a panel's with the first of its row.
+            row_starts = issues & (term == 0) & row_begins
+            group_starts = issues & (term == 0) & (at_group == 0)
+            moves = {"step": word_ends, "group": group_starts, "panel": row_starts}
             pointers.move(**{kind: moves[kind] for kind in design.kinds})
             port = getattr(self, operand)
-            group_begins = issues & (term == 0) & (at_group == 0)
-            reads = {"step": issues & (term == 0), "group": group_begins, "panel": issues & (term == 0) & row_begins}
+            reads = {"step": issues & (term == 0), "group": group_starts, "panel": row_starts}
             for kind in design.kinds:
                 m.d.comb += [
                     getattr(port, f"{kind}_read").eq(reads[kind]),
@@ -202,8 +200,10 @@ class Sequencer(wiring.Component):
         ends_rows = chunk.row_tile + 1 == program.row_tiles
         ends_columns = chunk.column_tile + 1 == program.column_tiles
         with m.FSM():
-            with m.State("IDLE"), m.If(self.start):
-                m.next = "ISSUE"
+            with m.State("IDLE"):
+                m.d.comb += self.running.eq(self.start)
+                with m.If(self.start):
+                    m.next = "ISSUE"
             with m.State("ISSUE"):
                 m.d.comb += self.running.eq(1)
                 with m.If(leaving & self.write_back_busy):
