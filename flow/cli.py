@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from termwise import __version__
-from termwise.algorithms.errors import InputError, TermwiseError, unknown_name
+from termwise.algorithms.errors import InputError, MissingToolError, TermwiseError, unknown_name
 from termwise.flow import console
 
 if TYPE_CHECKING:
@@ -1134,6 +1134,131 @@ def _print_results(results: Any, page: Path, report: Path) -> None:
         console.print_text(f"{len(results.missing)} combinations not computed yet: {results.run.command}")
     console.print_text(f"report: {report}")
     console.print_text(f"page: {page}")
+
+
+@main.command()
+@click.argument("name", metavar="[UNIT]", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: ./UNIT]")
+@_json_option
+def rtl(*, name: str | None, out: Path | None, as_json: bool) -> None:
+    """Write a unit of the hardware as Verilog, with its ports and how to instantiate it; without UNIT, list them."""
+    from termwise.flow.folders import check_place
+
+    units = _hardware_units()
+    if name is None:
+        if as_json:
+            console.print_json(
+                {"units": [{"name": unit.name, "kind": unit.kind, "summary": unit.summary} for unit in units.values()]}
+            )
+            return
+        rows = [(unit.name, unit.kind, unit.summary) for unit in units.values()]
+        console.print_table("Units of the hardware", ("unit", "kind", "what it is"), rows, left=3)
+        return
+    from termwise.rtl.units import get_unit
+    from termwise.rtl.verilog import write_unit
+
+    unit = get_unit(name)
+    folder = out or Path(unit.name)
+    check_place(folder)
+    written = write_unit(unit, folder)
+    if as_json:
+        console.print_json({"unit": unit.name, "files": written})
+        return
+    for path in written:
+        console.print_text(str(path))
+
+
+@main.command()
+@click.argument("names", metavar="UNIT...", nargs=-1, required=True)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="ecp5, ice40, xc7, xcup, gowin or asic.  [default: ecp5]",
+)
+@click.option(
+    "--seeds", default=1, show_default=True, type=click.IntRange(min=0), help="Of place and route; 0: none is done."
+)
+@click.option(
+    "--runs",
+    default="runs/synthesis",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of records and logs; what is recorded there is not synthesized again.",
+)
+@click.option("--baseline", is_flag=True, help="Compare with the committed figures; status 1 where one is worse.")
+@click.option(
+    "--baselines",
+    default="reports/synthesis",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the committed figures.",
+)
+@_json_option
+def synth(
+    *,
+    names: tuple[str, ...],
+    targets: tuple[str, ...],
+    seeds: int,
+    runs: Path,
+    baseline: bool,
+    baselines: Path,
+    as_json: bool,
+) -> None:
+    """Synthesize units of the hardware: LUTs, flip-flops, DSPs, block RAMs and clock, or area in gates."""
+    _hardware_units()
+    from termwise.flow.folders import check_place
+    from termwise.flow.synthesis import SHOWN, Synthesizer, compare
+    from termwise.rtl.synthesis import get_target
+    from termwise.rtl.units import get_unit
+
+    chosen = [(get_unit(name), get_target(target)) for name in names for target in targets or ("ecp5",)]
+    check_place(runs)
+    synthesizer = Synthesizer(runs, seeds, console.warn)
+    results = [
+        synthesizer.figures(unit, target)
+        for unit, target in console.progress(chosen, total=len(chosen), label="synthesis", unit="unit")
+    ]
+    compared = compare(results, baselines) if baseline else []
+    if as_json:
+        document = results[0] if len(results) == 1 else {"results": results}
+        console.print_json({**document, "baseline": compared} if baseline else document)
+    else:
+        rows = [(entry["unit"], entry["target"], *(console.number(entry[name]) for name in SHOWN)) for entry in results]
+        headings = ("LUT", "without DSPs", "FF", "DSP", "BRAM", "carry", "MHz", "NAND2")
+        console.print_table("Synthesis", ("unit", "target", *headings), rows, left=2)
+        for entry in results:
+            for note in entry["notes"]:
+                console.say(f"{entry['unit']} on {entry['target']}: {note}")
+        if baseline:
+            cells = [
+                (
+                    row["unit"],
+                    row["target"],
+                    row["figure"],
+                    console.number(row["baseline"]),
+                    console.number(row["found"]),
+                    "worse" if row["worse"] else "",
+                )
+                for row in compared
+            ]
+            console.print_table(
+                "Baseline", ("unit", "target", "figure", "baseline", "found", ""), cells, left=(0, 1, 2, 5)
+            )
+    if any(row["worse"] for row in compared):
+        sys.exit(1)
+
+
+def _hardware_units() -> Any:
+    """The units. Raises ``MissingToolError`` where the packages of the hardware are not installed."""
+    try:
+        import amaranth  # noqa: F401
+    except ImportError:
+        raise MissingToolError("the hardware needs Amaranth: pip install 'termwise[fpga]'") from None
+    from termwise.rtl.units import UNITS
+
+    return UNITS
 
 
 @main.command()

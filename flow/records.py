@@ -28,10 +28,10 @@ from termwise.algorithms.files import write_text
 RECORD_VERSION: Final = 1
 """Raised when the content of a record changes its meaning; older records are then computed again."""
 
-Kind = Literal["quality", "point"]
+Kind = Literal["quality", "point", "synthesis"]
 Status = Literal["done", "skipped", "failed"]
 
-FOLDERS: Final[Mapping[Kind, str]] = {"quality": "quality", "point": "points"}
+FOLDERS: Final[Mapping[Kind, str]] = {"quality": "quality", "point": "points", "synthesis": "synthesis"}
 """Folder of each kind of record below ``records/``."""
 
 DIGEST_PACKAGES: Final = ("numpy", "torch", "transformers")
@@ -117,7 +117,8 @@ class Record:
     """One result, with all that is needed to obtain it again.
 
     Attributes:
-        kind: ``quality`` (a model in a format) or ``point`` (that, on an accelerator, in a phase).
+        kind: ``quality`` (a model in a format), ``point`` (that, on an accelerator, in a phase) or ``synthesis``
+            (a unit on a target).
         inputs: everything the result depends on; its digest names the record.
         status: ``done``, ``skipped`` or ``failed``.
         outputs: the result, units in the names; empty unless ``done``.

@@ -197,12 +197,7 @@ def _bit_serial(
         offset -= HALF_BIAS
     channel = np.ones(len(scales), np.float32) if operands.channel_scales is None else operands.channel_scales
     layer |= {"type": index, "exponent_offset": offset}
-    return (
-        layer,
-        scales | selectors << 16,
-        np.ones(len(scales), np.float32) if channel is None else channel,
-        group_inputs,
-    )
+    return layer, (scales | selectors << 16).astype(np.uint32), channel.astype(np.float32), group_inputs
 
 
 def _choices(tensor: QuantizedTensor) -> NDArray[np.uint8]:
