@@ -1250,6 +1250,65 @@ def synth(
         sys.exit(1)
 
 
+@main.group()
+def board() -> None:
+    """The accelerator on a ULX3S (ECP5-85F): its bitstream, and layers on it or on a model of it."""
+
+
+@board.command("build")
+@click.option(
+    "--out", default="board", show_default=True, type=click.Path(path_type=Path), help="Folder for the files."
+)
+@_json_option
+def board_build(*, out: Path, as_json: bool) -> None:
+    """Build the bitstream ``board.bit``, with Verilog and logs beside it."""
+    _hardware_units()
+    from termwise.flow.folders import check_place
+    from termwise.rtl.board import BoardDesign, build_bitstream
+
+    check_place(out)
+    found = build_bitstream(BoardDesign(), out, console.say)
+    if as_json:
+        console.print_json(found)
+        return
+    console.print_text(str(found["bitstream"]))
+    console.print_text(
+        f"{found['lut']:,} LUTs, {found['ff']:,} flip-flops, {found['bram']} block RAMs, {found['dsp']} DSPs; "
+        f"{found['fmax_mhz']} MHz, of which {found['clock_mhz']:g} are used"
+    )
+
+
+@board.command("run")
+@click.argument("model")
+@click.option("--layer", "name", metavar="NAME", help="A linear layer.  [default: the first]")
+@click.option("--format", "format_name", default="bitmod-w4g128", show_default=True, metavar="FORMAT", help="Of it.")
+@click.option("--tokens", default=4, show_default=True, type=click.IntRange(min=1), help="Rows of activations.")
+@click.option("--port", metavar="DEVICE", help="Serial port of the board.  [default: a model of the hardware]")
+@click.option("--line", is_flag=True, help="Simulate the serial line, too.")
+@_json_option
+def board_run(
+    *, model: str, name: str | None, format_name: str, tokens: int, port: str | None, line: bool, as_json: bool
+) -> None:
+    """Compute a quantized layer of MODEL on the accelerator and compare every bit with the reference."""
+    _hardware_units()
+    from termwise.flow.hardware import run_layer
+
+    found = run_layer(model, name, format_name, tokens, port=port, line=line)
+    if as_json:
+        console.print_json(found)
+    else:
+        rows = [(cause, console.number(count)) for cause, count in found["cycles_by_cause"].items()]
+        console.print_table(
+            f"{found['layer']}, {found['outputs']} × {found['inputs']}, {found['tokens']} tokens, {found['format']}",
+            ("cycles", ""),
+            [*rows, ("all", console.number(found["cycles"]))],
+        )
+        same = "equal to the reference in every bit" if found["equal"] else "NOT equal to the reference"
+        console.print_text(f"{found['values']:,} outputs are {same}")
+    if not found["equal"]:
+        sys.exit(1)
+
+
 def _hardware_units() -> Any:
     """The units. Raises ``MissingToolError`` where the packages of the hardware are not installed."""
     try:

@@ -73,7 +73,7 @@ class Synthesizer:
             "verilog": hashlib.sha256(text.encode()).hexdigest(),
             "megahertz": unit.megahertz,
             "target": target.name,
-            "device": target.device,
+            "device": (*target.sizes, *target.device),
             "seeds": self.seeds if target.router else 0,
             "tools": tool_versions(target),
         }

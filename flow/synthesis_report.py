@@ -24,6 +24,8 @@ from termwise.rtl.synthesis import TARGETS
 from termwise.rtl.units import UNITS, Unit
 
 SEEDS = 3
+"""Of place and route; an array takes minutes for each and has one."""
+
 REPORT_TARGETS = ("ecp5", "xc7", "asic")
 BITMOD_PE_AREA, FP16_PE_AREA, BITMOD_ENCODER_SHARE = 97090 / 64, 95498 / 48, 2419 / 97090
 """µm² in 28 nm (BitMoD section V-C): PE arrays of 8 × 8 and of 6 × 8 PEs, and a tile's term encoders beside its PEs."""
@@ -40,12 +42,14 @@ Figures = Mapping[tuple[str, str], dict[str, Any]]
 
 def collect(folder: Path, workers: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Figures of every unit on every target, from records below ``folder`` or from the tools."""
-    synthesizer = Synthesizer(folder, SEEDS, console.warn)
+    synthesizers = {
+        kind: Synthesizer(folder, 1 if kind == "array" else SEEDS, console.warn) for kind in ("pe", "block", "array")
+    }
     wanted = [(unit, TARGETS[target]) for unit in UNITS.values() for target in REPORT_TARGETS]
     # Long ones first, so that no worker is left with one at the end.
     wanted.sort(key=lambda item: (item[0].kind != "array", item[1].name != "ecp5"))
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda item: synthesizer.figures(*item), wanted)
+        found = pool.map(lambda item: synthesizers[item[0].kind].figures(*item), wanted)
         results = list(console.progress(found, total=len(wanted), label="synthesis", unit="unit"))
     return {(unit.name, target.name): figures for (unit, target), figures in zip(wanted, results, strict=True)}
 
@@ -98,8 +102,9 @@ def findings(found: Figures) -> list[str]:
             found, "fp16_mac", target, "lut"
         )
         lines.append(
-            f"* LUTs per product and cycle on {target}, `bit_serial_shared_exponent` over `fp16_mac`: **{without:.2f}** "
-            f"where neither has DSPs, {ratio:.2f} where `fp16_mac` has its {found['fp16_mac', target]['dsp']}."
+            f"* LUTs per product and cycle on {target}, `bit_serial_shared_exponent` over `fp16_mac`: "
+            f"**{without:.2f}** where neither has DSPs, {ratio:.2f} where `fp16_mac` has "
+            f"{found['fp16_mac', target]['dsp']}."
         )
     for name in ("bit_serial", "bit_serial_shared_exponent", "bit_serial_exact"):
         used = {target: found[name, target]["dsp"] for target in ("ecp5", "xc7")}
@@ -191,12 +196,13 @@ def report_text(found: Figures, command: str) -> str:
     lines = [f"`{command}`", "", "# Synthesis", ""]
     lines += [f"* {name}: {version.strip(chr(34))}" for name, version in tools.items()]
     lines += [
-        f"* ecp5: {TARGETS['ecp5'].summary}; clocks are the median and range of {SEEDS} seeds of place and route",
+        f"* ecp5: {TARGETS['ecp5'].summary}; clocks are the median and range of {SEEDS} seeds of place and route, "
+        "those of arrays of one",
         "* xc7: Xilinx 7 series; nextpnr has no device of the family, so there are counts and no clock",
         "* NAND2: generic gates, area in two-input NAND gates",
         "",
-        "LUTs of ECP5 are those that logic, carry chains and distributed memories take. Clocks are those of a unit with a",
-        "register at every port; counts are those of the unit alone.",
+        "LUTs of ECP5 are those that logic, carry chains and distributed memories take. Clocks are those of a unit",
+        "with a register at every port; counts are those of the unit alone. Arrays are synthesized module by module.",
         "",
         "## What it says",
         "",
@@ -223,8 +229,8 @@ def report_text(found: Figures, command: str) -> str:
         "",
         *unit_table(found, [unit for unit in UNITS.values() if unit.kind == "array"]),
         "",
-        "An array of 4 rows has a column accumulator for each column, which would serve 8 rows; in larger arrays its share",
-        "is half of the one here.",
+        "An array of 4 rows has a column accumulator for each column, which would serve 8 rows; in larger arrays its",
+        "share is half of the one here.",
         "",
         "| array | part | share of the area |",
         "|---|---|--:|",

@@ -37,12 +37,14 @@ class AccumulatorParts:
         scales: whether it multiplies by a scale.
         adds: whether it holds y; without, what comes is y already.
         channel_scales: whether finished outputs are multiplied by a channel scale.
+        scale_lag: cycles after its value in which a scale comes, up to those in which an integer becomes FP32.
     """
 
     integer_bits: int = 0
     scales: bool = False
     adds: bool = True
     channel_scales: bool = False
+    scale_lag: int = 0
 
     @property
     def latency(self) -> int:
@@ -65,7 +67,7 @@ class ColumnAccumulator(wiring.Component):
     Ports:
         value: the sum, a signed integer or an FP32 number, with ``control``.
         exponent: of an integer.
-        scale: FP32, finite; with ``scales``.
+        scale: FP32, finite, ``scale_lag`` cycles after its value; with ``scales``.
         channel_scale: FP32, finite, of the value's row; with ``channel_scales``.
         exchange: the halves of the output memory change places at the end of this cycle.
         read_row, output: the FP16 output of a row, from the half that is not written, in the same cycle.
@@ -99,7 +101,7 @@ class ColumnAccumulator(wiring.Component):
             control = delayed(m, control, INTEGER_TO_FLOAT_CYCLES, "control_of_float")
             passed += INTEGER_TO_FLOAT_CYCLES
         if parts.scales:
-            scale = delayed(m, self.scale, passed, "scale")
+            scale = delayed(m, self.scale, passed - parts.scale_lag, "scale")
             value = multiply(Steps(m, "scaled", registered=True), value, scale)
             control = delayed(m, control, SCALING_CYCLES, "control_of_scaled")
             passed += SCALING_CYCLES

@@ -10,17 +10,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.fp16_mac import Fp16MacSpec
+from termwise.algorithms.operands import HALF_BIAS
 from termwise.algorithms.processing_element import ACCUMULATOR_ROWS, BitParallelSpec, ProcessingElementSpec
 from termwise.rtl.accumulator import ROW_BITS, VALUE_CONTROL, ColumnAccumulator
 from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
-from termwise.rtl.borders import GROUP_WORD, LAYER, BitParallelDatapath, BitSerialDatapath, Datapath, ScaleKind
+from termwise.rtl.borders import (
+    GROUP_WORD,
+    LAYER,
+    SCALE_PRODUCT_CYCLES,
+    BitParallelDatapath,
+    BitSerialDatapath,
+    Datapath,
+    ScaleKind,
+)
 from termwise.rtl.float32 import BIAS, Steps, half_to_float, leading_zeros
 from termwise.rtl.handover import ChainLink, Dequantizer
 from termwise.rtl.processing_element import TERM_CONTROL, decode_half, delayed
@@ -362,9 +371,9 @@ class Array(wiring.Component):
         if path.parts.scales:
             operand = decode_half(m, row_value)
             if path.column_scales:
-                m.d.comb += accumulator.scale.eq(
-                    _product_of_halves(m, operand, decode_half(m, self.column_scales[column]), offset)
-                )
+                of_column = decode_half(m, self.column_scales[column])
+                product = _product_of_halves(m, operand, of_column, offset, f"{block}_{column}")
+                m.d.comb += accumulator.scale.eq(product)
             else:
                 scale = half_to_float(Steps(m, f"scale_{block}_{column}", registered=False), operand)
                 m.d.comb += accumulator.scale.eq(_times_power_of_two(scale, offset))
@@ -383,14 +392,25 @@ def _times_power_of_two(number: Value, exponent: Value) -> Value:
     return Cat(number[:23], (number[23:31] + exponent)[:8] & number[:31].any().replicate(8), number[31])
 
 
-def _product_of_halves(m: Module, left: data.View, right: data.View, offset: Value) -> Value:
-    """FP32 of the product of two FP16 numbers and a power of two, exact: 22 significant bits."""
-    steps = Steps(m, "product_of_scales", registered=False)
-    product = steps.signal(left.significand * right.significand, "product")
-    zeros = leading_zeros(steps, product, "product")[:5]
-    fraction = (product << zeros)[:21]
-    exponent = left.exponent + right.exponent - zeros + (BIAS - 50 + 21) + offset
-    nonzero = product.any()
-    return Cat(
-        Const(0, 2), fraction & nonzero.replicate(21), exponent[:8] & nonzero.replicate(8), left.sign ^ right.sign
+def _product_of_halves(m: Module, left: data.View, right: data.View, offset: Value, name: str) -> Value:
+    """FP32 of the product of two FP16 numbers and a power of two, exact: 22 significant bits. In 3 cycles."""
+    steps = Steps(m, f"scale_{name}", registered=True)
+    # 1: the product, below 2^22.
+    product, exponent, negative = steps.end(
+        product=left.significand * right.significand,
+        exponent=left.exponent + right.exponent + offset + (BIAS - 2 * HALF_BIAS + 21),
+        negative=left.sign ^ right.sign,
     )
+    # 2: leading zeros.
+    zeros, product, exponent, negative = steps.end(
+        zeros=leading_zeros(steps, product, "product")[:5], product=product, exponent=exponent, negative=negative
+    )
+    # 3: normalisation; a product of 0 is +0 or -0.
+    nonzero = steps.signal(product.any(), "nonzero")
+    fraction = steps.signal((product << zeros)[:21], "fraction")
+    biased = steps.signal((exponent - zeros)[:8], "biased")
+    (result,) = steps.end(
+        result=Cat(Const(0, 2), Mux(nonzero, fraction, 0), Mux(nonzero, biased, 0), negative),
+    )
+    assert steps.count == SCALE_PRODUCT_CYCLES
+    return result

@@ -72,6 +72,9 @@ paired, bias: outlier-victim pairs, and the bias of their outliers.
 activation_…: the same of activations that are codes.
 """
 
+SCALE_PRODUCT_CYCLES = 3
+"""From the scales of a row and a column to the FP32 number that is their product."""
+
 NARROW_TYPES = ("int4", "flint4", "int3", "flint3", "int2")
 WIDE_TYPES = ("int8", "flint8", "int5", "int6", "int7", "flint5", "flint6", "flint7")
 
@@ -273,7 +276,7 @@ class BitParallelDatapath(Datapath):
             self.parts = AccumulatorParts(adds=False)
             self.timing = spec.pipeline(get_format("fp16"), 1, 1)
         elif self.integers:
-            self.parts = AccumulatorParts(integer_bits=32, scales=True)
+            self.parts = AccumulatorParts(integer_bits=32, scales=True, scale_lag=SCALE_PRODUCT_CYCLES)
             self.timing = spec.pipeline(get_format("olive-w4a4" if bits == 4 else "olive-w8a8"), 1, 1)
         else:
             self.parts = AccumulatorParts(scales=True, channel_scales=True)

@@ -194,20 +194,29 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
     negative_left, exponent_left, significand_left = unpack(left)
     negative_right, exponent_right, significand_right = unpack(right)
     special = a.exponent.all()
-    # 1: two partial products.
-    low, high, exponent, negative, special, is_nan = steps.end(
-        low=significand_left * significand_right[:12],
-        high=significand_left * significand_right[12:],
+    # 1: the hidden ones.
+    significand_left, significand_right, exponent, negative, special, is_nan = steps.end(
+        left=significand_left,
+        right=significand_right,
         exponent=_wide(exponent_left + exponent_right - BIAS),
         negative=negative_left ^ negative_right,
         special=special,
         nan=special & (a.fraction.any() | ~right[:31].any()),
     )
-    # 2: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
+    # 2: two partial products.
+    low, high, exponent, negative, special, is_nan = steps.end(
+        low=significand_left * significand_right[:12],
+        high=significand_left * significand_right[12:],
+        exponent=exponent,
+        negative=negative,
+        special=special,
+        nan=is_nan,
+    )
+    # 3: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
     product, exponent, negative, special, is_nan = steps.end(
         product=(low + (high << 12))[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
     )
-    # 3: leading zeros.
+    # 4: leading zeros.
     zeros, product, exponent, negative, special, is_nan = steps.end(
         zeros=leading_zeros(steps, product, "product")[:6],
         product=product,
@@ -216,7 +225,7 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=is_nan,
     )
-    # 4: normalisation: the first one at the top. What is below 24 + 3 bits is kept as one bit.
+    # 5: normalisation: the first one at the top. What is below 24 + 3 bits is kept as one bit.
     wide = steps.signal((product << zeros)[:48], "wide")
     kept, biased, negative, special, is_nan = steps.end(
         kept=Cat(wide[:22].any(), wide[22:]),
@@ -336,7 +345,7 @@ class Float32Adder(wiring.Component):
 
 
 class Float32Multiplier(wiring.Component):
-    """left · right. Latency 6 cycles, a product per cycle, no flow control. Ports: FP32 numbers, ``right`` finite."""
+    """left · right. Latency 7 cycles, a product per cycle, no flow control. Ports: FP32 numbers, ``right`` finite."""
 
     latency = SCALING_CYCLES
 

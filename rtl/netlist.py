@@ -15,6 +15,9 @@ from amaranth.lib import wiring
 
 _MODULE = re.compile(r"^((?:attribute [^\n]*\n)*)module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _CELL = re.compile(r"^(\s*cell \\)(\S+)( )", re.MULTILINE)
+_FIELD = re.compile(r"\\[A-Za-z_][\w$]*(?:\[\d+\]|\.[\w$]+)+")
+"""A field of a structure. ``outputs[1]`` would be taken for bit 1 of ``outputs`` by yosys, which then joins the two."""
+
 _YOSYS = (0, 40)
 
 
@@ -40,7 +43,8 @@ def netlist(component: wiring.Component, name: str) -> str:
 
     contents: dict[str, tuple[str, str]] = {}
     resolve(name)
-    return "".join(f"{attributes}module \\{module}\n{body}end\n" for module, (attributes, body) in contents.items())
+    text = "".join(f"{attributes}module \\{module}\n{body}end\n" for module, (attributes, body) in contents.items())
+    return _FIELD.sub(lambda found: re.sub(r"[\[.]", "__", found[0]).replace("]", ""), text)
 
 
 def run_yosys(text: str, commands: str) -> str:

@@ -45,14 +45,18 @@ class Target:
         name: as commands take it.
         summary: the device that is placed and routed, or why none is.
         synthesize: yosys' command, with ``{top}``.
+        flat, split: its options for one netlist, and for one of modules, each of which is then synthesized once.
         luts, flip_flops, dsps, brams, carries: how many of each a cell counts for.
         router: nextpnr of the family; None where there is none.
         device: its options.
+        sizes: the option of the device, for units and for arrays.
     """
 
     name: str
     summary: str
     synthesize: str
+    flat: str
+    split: str
     luts: Mapping[str, int]
     flip_flops: tuple[str, ...]
     dsps: tuple[str, ...]
@@ -60,6 +64,7 @@ class Target:
     carries: tuple[str, ...]
     router: ToolKind | None = None
     device: tuple[str, ...] = ()
+    sizes: tuple[str, str] = ("", "")
 
 
 _XILINX: dict[str, Any] = {
@@ -77,8 +82,10 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         Target(
             name="ecp5",
-            summary="Lattice ECP5 LFE5U-25F, speed grade 6",
+            summary="Lattice ECP5, speed grade 6; LFE5U-25F, arrays LFE5U-85F",
             synthesize="synth_ecp5 -top {top}",
+            flat="",
+            split=" -noflatten",
             # A carry cell and a distributed memory take the LUTs of the slices that they are in.
             luts={"LUT4": 1, "CCU2C": 2, "TRELLIS_DPR16X4": 4},
             flip_flops=("TRELLIS_FF",),
@@ -86,12 +93,15 @@ TARGETS: Mapping[str, Target] = {
             brams=("DP16KD", "PDPW16KD"),
             carries=("CCU2C",),
             router=NEXTPNR_ECP5,
-            device=("--25k", "--package", "CABGA381", "--speed", "6", "--out-of-context"),
+            device=("--package", "CABGA381", "--speed", "6", "--out-of-context"),
+            sizes=("--25k", "--85k"),
         ),
         Target(
             name="ice40",
             summary="Lattice iCE40 HX8K",
             synthesize="synth_ice40 -top {top}",
+            flat="",
+            split=" -noflatten",
             luts={"SB_LUT4": 1},
             flip_flops=tuple(
                 f"SB_DFF{kind}" for kind in ("", "E", "SR", "R", "SS", "S", "ESR", "ER", "ESS", "ES", "N", "NE")
@@ -100,24 +110,31 @@ TARGETS: Mapping[str, Target] = {
             brams=("SB_RAM40_4K",),
             carries=("SB_CARRY",),
             router=NEXTPNR_ICE40,
-            device=("--hx8k", "--package", "ct256"),
+            device=("--package", "ct256"),
+            sizes=("--hx8k", "--hx8k"),
         ),
         Target(
             name="xc7",
             summary=f"Xilinx 7 series; {_NO_XILINX}",
             synthesize="synth_xilinx -family xc7 -noiopad -noclkbuf -top {top}",
+            flat=" -flatten",
+            split="",
             **_XILINX,
         ),
         Target(
             name="xcup",
             summary=f"Xilinx UltraScale+; {_NO_XILINX}",
             synthesize="synth_xilinx -family xcup -noiopad -noclkbuf -top {top}",
+            flat=" -flatten",
+            split="",
             **_XILINX,
         ),
         Target(
             name="gowin",
             summary="Gowin GW1N; no place and route here: its tool wants a pin for every port",
             synthesize="synth_gowin -noiopads -top {top}",
+            flat="",
+            split=" -noflatten",
             luts={
                 **{f"LUT{inputs}": 1 for inputs in range(1, 5)},
                 "ALU": 1,
@@ -134,6 +151,8 @@ TARGETS: Mapping[str, Target] = {
             name="asic",
             summary="generic gates; areas in two-input NAND gates",
             synthesize="",
+            flat="",
+            split="",
             luts={},
             flip_flops=(FLIP_FLOP,),
             dsps=(),
@@ -229,10 +248,11 @@ def synthesize(
         found |= _gates(unit, folder, flat=unit.kind != "array", split=modules > 1)
         found["notes"].append("LUTs, DSPs, block RAMs, carry cells and a clock are not what gates have")
         return found
-    cells = _cells(unit.name, target.synthesize.format(top=unit.name), folder, "synthesis")
-    found |= counted(cells, target)
-    if found["dsp"] and target.name in ("ecp5", "xc7", "xcup"):
-        without = target.synthesize.format(top=unit.name) + " -nodsp"
+    # A flat array takes yosys many minutes; its modules, each synthesized once, take one.
+    command = target.synthesize + (target.split if unit.kind == "array" else target.flat)
+    found |= counted(_cells(unit.name, command.format(top=unit.name), folder, "synthesis"), target)
+    if found["dsp"] and unit.kind == "pe" and target.name in ("ecp5", "xc7", "xcup"):
+        without = command.format(top=unit.name) + " -nodsp"
         found["lut_without_dsp"] = counted(_cells(unit.name, without, folder, "without_dsp"), target)["lut"]
     if target.router is None:
         found["notes"].append(target.summary.partition("; ")[2])
@@ -244,7 +264,8 @@ def synthesize(
     with conversion:
         routed = verilog(wrapper(unit.build()), "routed")
     write_text(folder / "routed.v", routed)
-    _yosys("read_verilog routed.v; " + target.synthesize.format(top="routed") + " -json routed.json", folder, "routed")
+    script = f"read_verilog routed.v; {command.format(top='routed')}; flatten; opt_clean; write_json routed.json"
+    _yosys(script, folder, "routed")
     clocks = []
     for seed in range(1, seeds + 1):
         progress(f"{unit.name} on {target.name}: place and route, seed {seed} of {seeds}")
@@ -308,7 +329,8 @@ def _routed_clock(unit: Unit, target: Target, seed: int, folder: Path) -> float:
     report = f"report_{seed}.json"
     options = ["--json", "routed.json", "--freq", str(unit.megahertz), "--timing-allow-fail"]
     options += ["--seed", str(seed), "--report", report, "-q"]
-    find(target.router).run([*target.device, *options], folder, f"route_{seed}.log", timeout=ROUTE_TIMEOUT)
+    size = target.sizes[unit.kind == "array"]
+    find(target.router).run([size, *target.device, *options], folder, f"route_{seed}.log", timeout=ROUTE_TIMEOUT)
     return clock_of(folder / report)
 
 
