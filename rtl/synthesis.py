@@ -1,8 +1,9 @@
 """Synthesis, place and route of units: what they take on FPGAs and in gates, and how fast they run.
 
 Counts are those of the bare unit. Its clock is that of the unit between registers: every port gets one, so that a path
-from a port counts like any other. For iCE40, whose tool wants a pin for every port, the registers are one long shift
-register. A figure that a target cannot give is None and has a note; one that is missing where it should be is an error.
+from a port counts like any other. For iCE40 and Gowin, whose tools want a pin for every port, the registers are one
+long shift register. A figure that a target cannot give is None and has a note; one that is missing where it should be
+is an error.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from amaranth.lib.wiring import In, Out
 from termwise.algorithms.errors import TermwiseError, unknown_name
 from termwise.algorithms.files import write_text
 from termwise.rtl.gates import FLIP_FLOP, GATES, TRANSISTORS, gate_area
-from termwise.rtl.toolchain import NEXTPNR_ECP5, NEXTPNR_ICE40, YOSYS, ToolKind, find
+from termwise.rtl.toolchain import NEXTPNR_ECP5, NEXTPNR_GOWIN, NEXTPNR_ICE40, YOSYS, ToolKind, find
 from termwise.rtl.units import Unit
 from termwise.rtl.verilog import verilog
 
 YOSYS_TIMEOUT = 900.0
 ROUTE_TIMEOUT = 1200.0
+FIRST_PIN = 25
+"""Of five pins in a row that are inputs and outputs of the GW1NR-9."""
+
 FLOW_VERSION = 1
 """Raised when figures change their meaning."""
 
@@ -50,6 +54,7 @@ class Target:
         router: nextpnr of the family; None where there is none.
         device: its options.
         sizes: the option of the device, for units and for arrays.
+        pins: ports of the design that is routed, where the tool wants to know their places.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Target:
     router: ToolKind | None = None
     device: tuple[str, ...] = ()
     sizes: tuple[str, str] = ("", "")
+    pins: tuple[str, ...] = ()
 
 
 _XILINX: dict[str, Any] = {
@@ -131,7 +137,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target(
             name="gowin",
-            summary="Gowin GW1N; no place and route here: its tool wants a pin for every port",
+            summary="Gowin GW1NR-9",
             synthesize="synth_gowin -noiopads -top {top}",
             flat="",
             split=" -noflatten",
@@ -146,6 +152,9 @@ TARGETS: Mapping[str, Target] = {
             dsps=("MULT9X9", "MULT18X18", "MULT36X36"),
             brams=("SDPB", "SDPX9B", "DPB", "SPB"),
             carries=("ALU",),
+            router=NEXTPNR_GOWIN,
+            device=("--device", "GW1NR-LV9QN88PC6/I5", "--vopt", "family=GW1N-9C", "--vopt", "cst=pins.cst"),
+            pins=("clk", "rst", "shift_in", "take", "shift_out"),
         ),
         Target(
             name="asic",
@@ -264,6 +273,10 @@ def synthesize(
     with conversion:
         routed = verilog(wrapper(unit.build()), "routed")
     write_text(folder / "routed.v", routed)
+    if target.pins:
+        places = (f'IO_LOC "{name}" {FIRST_PIN + place};\n' for place, name in enumerate(target.pins))
+        write_text(folder / "pins.cst", "".join(places))
+    command = command.replace(" -noiopads", "")  # what is placed has pads
     script = f"read_verilog routed.v; {command.format(top='routed')}; flatten; opt_clean; write_json routed.json"
     _yosys(script, folder, "routed")
     clocks = []
@@ -330,7 +343,8 @@ def _routed_clock(unit: Unit, target: Target, seed: int, folder: Path) -> float:
     options = ["--json", "routed.json", "--freq", str(unit.megahertz), "--timing-allow-fail"]
     options += ["--seed", str(seed), "--report", report, "-q"]
     size = target.sizes[unit.kind == "array"]
-    find(target.router).run([size, *target.device, *options], folder, f"route_{seed}.log", timeout=ROUTE_TIMEOUT)
+    device = [size, *target.device] if size else list(target.device)
+    find(target.router).run([*device, *options], folder, f"route_{seed}.log", timeout=ROUTE_TIMEOUT)
     return clock_of(folder / report)
 
 

