@@ -46,8 +46,8 @@ def collect(folder: Path, workers: int) -> dict[tuple[str, str], dict[str, Any]]
         kind: Synthesizer(folder, 1 if kind == "array" else SEEDS, console.warn) for kind in ("pe", "block", "array")
     }
     wanted = [(unit, TARGETS[target]) for unit in UNITS.values() for target in REPORT_TARGETS]
-    # Long ones first, so that no worker is left with one at the end.
-    wanted.sort(key=lambda item: (item[0].kind != "array", item[1].name != "ecp5"))
+    # Short ones first: an interrupted run has lost little.
+    wanted.sort(key=lambda item: (item[0].kind == "array", item[0].kind == "array" and item[1].name == "ecp5"))
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda item: synthesizers[item[0].kind].figures(*item), wanted)
         results = list(console.progress(found, total=len(wanted), label="synthesis", unit="unit"))

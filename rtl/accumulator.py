@@ -94,34 +94,40 @@ class ColumnAccumulator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         parts = self.parts
-        value, control = self.value, self.control.as_value()
+        value = self.value
+        controls = [self.control.as_value()]  # the port's, by cycles behind it
+        for cycle in range(parts.latency - 1):
+            controls.append(delayed(m, controls[-1], 1, f"control_{cycle + 1}"))
         passed = 0  # cycles behind the ports
         if parts.integer_bits:
             value = integer_to_float(Steps(m, "float", registered=True), self.value, self.exponent)
-            control = delayed(m, control, INTEGER_TO_FLOAT_CYCLES, "control_of_float")
             passed += INTEGER_TO_FLOAT_CYCLES
         if parts.scales:
             scale = delayed(m, self.scale, passed - parts.scale_lag, "scale")
             value = multiply(Steps(m, "scaled", registered=True), value, scale)
-            control = delayed(m, control, SCALING_CYCLES, "control_of_scaled")
             passed += SCALING_CYCLES
         if parts.adds:
-            # y of 8 rows, back after the addition and a cycle for the memory.
+            # y of 8 rows, back after the addition and a cycle for the memory; read a cycle ahead where there is one.
             m.submodules.sums = sums = Memory(shape=32, depth=ACCUMULATOR_ROWS, init=[])
             before, after = sums.read_port(domain="comb"), sums.write_port()
-            term = data.View(VALUE_CONTROL, control)
+            total = Signal(32)
+            term = data.View(VALUE_CONTROL, controls[max(passed - 1, 0)])
+            done = data.View(VALUE_CONTROL, controls[passed + ADDITION_CYCLES])
             m.d.comb += before.addr.eq(term.row)
-            value = add(Steps(m, "sum", registered=True), Mux(term.first, 0, before.data), value)
-            control = delayed(m, control, ADDITION_CYCLES, "control_of_sum")
-            done = data.View(VALUE_CONTROL, control)
-            m.d.comb += [after.addr.eq(done.row), after.data.eq(value), after.en.eq(done.valid)]
+            y = Mux(term.first, 0, before.data)
+            if passed:
+                y = Mux(term.first, 0, Mux(done.valid & (done.row == term.row), total, before.data))
+                y = delayed(m, y, 1, "y")
+            m.d.comb += total.eq(add(Steps(m, "sum", registered=True), y, value))
+            m.d.comb += [after.addr.eq(done.row), after.data.eq(total), after.en.eq(done.valid)]
+            value = total
             passed += ADDITION_CYCLES
         if parts.channel_scales:
             scale = delayed(m, self.channel_scale, passed, "channel_scale")
             value = multiply(Steps(m, "channel", registered=True), value, scale)
-            control = delayed(m, control, CHANNEL_SCALE_CYCLES, "control_of_channel")
+            passed += CHANNEL_SCALE_CYCLES
         half = to_half(Steps(m, "half", registered=True), value)
-        finished = data.View(VALUE_CONTROL, delayed(m, control, ROUNDING_CYCLES, "control_of_half"))
+        finished = data.View(VALUE_CONTROL, controls[passed + ROUNDING_CYCLES])
         # Output memory.
         m.submodules.outputs = outputs = Memory(shape=16, depth=2 * ACCUMULATOR_ROWS, init=[])
         written, read = outputs.write_port(), outputs.read_port(domain="comb")

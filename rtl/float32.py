@@ -156,14 +156,18 @@ def add(steps: Steps, left: Value, right: Value) -> Value:
     large_significand = Cat(Const(0, EXTRA_BITS), significand)
     total = (large_significand + Mux(subtract, ~aligned, aligned) + subtract)[: SIGNIFICAND_BITS + EXTRA_BITS + 1]
     total = Cat(total[:-1], total[-1] & ~subtract)
-    total, negative, exponent, subtract, special, is_nan = steps.end(
-        total=total, negative=negative, exponent=exponent, subtract=subtract, special=special, nan=is_nan
+    total, limit, negative, exponent, subtract, special, is_nan = steps.end(
+        total=total,
+        limit=Const(1 << 27, 28) >> exponent,
+        negative=negative,
+        exponent=exponent,
+        subtract=subtract,
+        special=special,
+        nan=is_nan,
     )
-    # 5: places to the left that the first one has to go, as far as the exponent allows. The bit above the significand
-    # is one place too many: it is counted from there, and the exponent is one more.
-    zeros = leading_zeros(steps, total, "total")[:5]
-    limited = steps.signal(exponent < zeros, "limited")
-    places = Mux(limited, exponent[:5], zeros)
+    # 5: places to the left that the first one has to go, as far as the exponent allows: ``limit`` is a one where that
+    # ends. The bit above the significand is one place too many: it is counted from there, and the exponent is one more.
+    places = leading_zeros(steps, total | limit, "total")[:5]
     total, places, negative, exponent, special, is_nan = steps.end(
         total=total,
         places=places,
@@ -203,10 +207,12 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=special & (a.fraction.any() | ~right[:31].any()),
     )
-    # 2: two partial products.
-    low, high, exponent, negative, special, is_nan = steps.end(
-        low=significand_left * significand_right[:12],
-        high=significand_left * significand_right[12:],
+    # 2: products of halves, each as wide as the multiplier of any FPGA.
+    low, middle_left, middle_right, high, exponent, negative, special, is_nan = steps.end(
+        low=significand_left[:12] * significand_right[:12],
+        middle_left=significand_left[12:] * significand_right[:12],
+        middle_right=significand_left[:12] * significand_right[12:],
+        high=significand_left[12:] * significand_right[12:],
         exponent=exponent,
         negative=negative,
         special=special,
@@ -214,7 +220,11 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
     )
     # 3: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
     product, exponent, negative, special, is_nan = steps.end(
-        product=(low + (high << 12))[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
+        product=(Cat(low, high) + ((middle_left + middle_right) << 12))[:48],
+        exponent=exponent,
+        negative=negative,
+        special=special,
+        nan=is_nan,
     )
     # 4: leading zeros.
     zeros, product, exponent, negative, special, is_nan = steps.end(
@@ -227,25 +237,27 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
     )
     # 5: normalisation: the first one at the top. What is below 24 + 3 bits is kept as one bit.
     wide = steps.signal((product << zeros)[:48], "wide")
-    kept, biased, negative, special, is_nan = steps.end(
+    below = steps.signal(_wide(zeros - exponent), "below")  # places to the right that a subnormal number has to go
+    least = steps.signal(below > 0, "least")
+    kept, biased, least, below, negative, special, is_nan = steps.end(
         kept=Cat(wide[:22].any(), wide[22:]),
         biased=_wide(exponent - zeros + 1),
+        least=least,
+        below=Cat(below[:5], below[5:11].any()),
         negative=negative,
         special=special,
         nan=is_nan,
     )
-    return _finished(steps, kept, biased, negative, special, is_nan)
-
-
-def _finished(steps: Steps, kept: Value, biased: Value, negative: Value, special: Value, is_nan: Value) -> Value:
-    """The last two steps: subnormal numbers are shifted to the right; rounding."""
-    least = steps.signal(biased < 1, "least")
-    distance = steps.signal(_wide(1 - biased), "distance")
-    shifted = Mux(least, shift_right_sticky(steps, kept, distance[:11], "subnormal"), kept)
-    exponent = Mux(least | ~kept[-1], 0, biased)
+    # 6: subnormal numbers.
+    shifted = shift_right_sticky(steps, kept, below, "subnormal")
     kept, exponent, negative, special, is_nan = steps.end(
-        shifted=shifted, exponent=exponent[:11], negative=negative, special=special, nan=is_nan
+        kept=Mux(least, shifted, kept),
+        exponent=Mux(least | ~kept[-1], 0, biased)[:11],
+        negative=negative,
+        special=special,
+        nan=is_nan,
     )
+    # 7: rounding.
     result = rounded(steps, negative, exponent, kept)
     infinity = Cat(Const(INFINITE_EXPONENT << 23, 31), negative)
     (result,) = steps.end(result=Mux(is_nan, Const(0x7FC00000, 32), Mux(special, infinity, result)))
@@ -263,20 +275,20 @@ def integer_to_float(steps: Steps, number: Value, exponent: Value) -> Value:
     ``number`` is signed, ``exponent`` signed and not below ``LEAST_EXPONENT``.
     """
     width = max(len(number), SIGNIFICAND_BITS)
-    # 1: the magnitude. The most negative number has the magnitude 2^(width - 1), which fits.
-    magnitude, exponent, negative = steps.end(
+    # 1: the magnitude. The most negative number has the magnitude 2^(width - 1), which fits. Normalisation ends where
+    # the number is subnormal: ``limit`` is a one there.
+    room = steps.signal(_wide(exponent - LEAST_EXPONENT + width - SIGNIFICAND_BITS), "room")
+    magnitude, limit, exponent, negative = steps.end(
         magnitude=(Mux(number[-1], -number, number) + Const(0, width))[:width],
+        limit=Const(1 << (width - 1), width) >> room[:11],
         exponent=_wide(exponent),
         negative=number[-1],
     )
-    # 2: the field of the exponent where the first one is at the top; how far that is, and how far it may go.
-    zeros = leading_zeros(steps, magnitude, "magnitude")
-    room = steps.signal(_wide(exponent - LEAST_EXPONENT + width - SIGNIFICAND_BITS), "room")  # of a subnormal number
-    limited = steps.signal(room < zeros, "limited")
-    magnitude, places, biased, negative = steps.end(
+    # 2: how far the first one is from the top.
+    magnitude, places, exponent, negative = steps.end(
         magnitude=magnitude,
-        places=Mux(limited, room[: len(zeros)], zeros),
-        biased=_wide(Mux(limited, 0, exponent - zeros + (BIAS + width - 1))),
+        places=leading_zeros(steps, magnitude | limit, "magnitude"),
+        exponent=exponent,
         negative=negative,
     )
     # 3: normalisation to 24 + 3 bits and what is below.
@@ -287,7 +299,8 @@ def integer_to_float(steps: Steps, number: Value, exponent: Value) -> Value:
         if width <= bits
         else Cat(wide[: width - bits + 1].any(), wide[width - bits + 1 :])
     )
-    kept, biased, negative = steps.end(kept=kept, biased=Mux(wide[-1], biased, 0)[:11], negative=negative & wide.any())
+    biased = steps.signal(_wide(exponent - places + (BIAS + width - 1)), "biased")
+    kept, biased, negative = steps.end(kept=kept, biased=Mux(wide[-1], biased, 0)[:11], negative=negative)
     # 4: rounding.
     (result,) = steps.end(result=rounded(steps, negative, biased, kept))
     return result
@@ -296,19 +309,20 @@ def integer_to_float(steps: Steps, number: Value, exponent: Value) -> Value:
 def to_half(steps: Steps, number: Value) -> Value:
     """FP16 of an FP32 ``number``, rounded once, in ``ROUNDING_CYCLES`` steps."""
     value = data.View(FLOAT32, number)
-    negative, exponent, significand = unpack(number)
-    special = value.exponent.all()
-    # 1: 11 + 3 bits; shifted further where the result is subnormal.
-    biased = steps.signal(_wide(exponent - (BIAS - 15)), "biased")
-    least = steps.signal(biased < 1, "least")
-    distance = steps.signal(_wide(1 - biased), "distance")
-    kept = steps.signal(Cat(significand[:11].any(), significand[11:]), "significand")
-    over = biased >= 31
+    # 1: 11 + 3 bits; shifted further where the result is subnormal, by up to 15 places: what is below is less than a
+    # quarter of the least FP16 number, which a sticky bit tells as well.
+    normal = BIAS - 15 + 1  # the exponent of the least normal FP16 number
+    exponent = value.exponent
+    significand = steps.signal(Cat(value.fraction[:11].any(), value.fraction[11:], exponent.any()), "significand")
+    shifted = shift_right_sticky(steps, significand, (normal - exponent[:4])[:4], "subnormal")
+    far = steps.signal(exponent < normal - 15, "far")
+    least = steps.signal(exponent < normal, "least")
+    special = exponent.all()
     kept, biased, negative, infinite, is_nan = steps.end(
-        kept=Mux(least, shift_right_sticky(steps, kept, distance[:8], "subnormal"), kept),
-        biased=Mux(least, 0, biased)[:5],
-        negative=negative,
-        infinite=over | special,
+        kept=Mux(far, significand.any(), Mux(least, shifted, significand)),
+        biased=Mux(least, 0, exponent - (normal - 1))[:5],
+        negative=value.negative,
+        infinite=exponent >= normal + 30,
         nan=special & value.fraction.any(),
     )
     # 2: rounding.
