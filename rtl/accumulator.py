@@ -35,7 +35,7 @@ class AccumulatorParts:
     Attributes:
         integer_bits: width of a signed integer sum; 0 where an FP32 number comes.
         scales: whether it multiplies by a scale.
-        adds: whether it holds y; without, what comes is y already.
+        adds: whether it holds y, which takes an integer or a scale; without, what comes is y already.
         channel_scales: whether finished outputs are multiplied by a channel scale.
         scale_lag: cycles after its value in which a scale comes, up to those in which an integer becomes FP32.
     """
@@ -107,17 +107,16 @@ class ColumnAccumulator(wiring.Component):
             value = multiply(Steps(m, "scaled", registered=True), value, scale)
             passed += SCALING_CYCLES
         if parts.adds:
-            # y of 8 rows, back after the addition and a cycle for the memory; read a cycle ahead where there is one.
+            # y of 8 rows, back after the addition and a cycle for the memory. It is read a cycle ahead.
+            assert passed
             m.submodules.sums = sums = Memory(shape=32, depth=ACCUMULATOR_ROWS, init=[])
             before, after = sums.read_port(domain="comb"), sums.write_port()
             total = Signal(32)
-            term = data.View(VALUE_CONTROL, controls[max(passed - 1, 0)])
+            term = data.View(VALUE_CONTROL, controls[passed - 1])
             done = data.View(VALUE_CONTROL, controls[passed + ADDITION_CYCLES])
             m.d.comb += before.addr.eq(term.row)
-            y = Mux(term.first, 0, before.data)
-            if passed:
-                y = Mux(term.first, 0, Mux(done.valid & (done.row == term.row), total, before.data))
-                y = delayed(m, y, 1, "y")
+            newest = Mux(done.valid & (done.row == term.row), total, before.data)
+            y = delayed(m, Mux(term.first, 0, newest), 1, "y")
             m.d.comb += total.eq(add(Steps(m, "sum", registered=True), y, value))
             m.d.comb += [after.addr.eq(done.row), after.data.eq(total), after.en.eq(done.valid)]
             value = total

@@ -393,19 +393,29 @@ def _times_power_of_two(number: Value, exponent: Value) -> Value:
 
 
 def _product_of_halves(m: Module, left: data.View, right: data.View, offset: Value, name: str) -> Value:
-    """FP32 of the product of two FP16 numbers and a power of two, exact: 22 significant bits. In 3 cycles."""
+    """FP32 of the product of two FP16 numbers and a power of two, exact: 22 significant bits.
+
+    In ``SCALE_PRODUCT_CYCLES``.
+    """
     steps = Steps(m, f"scale_{name}", registered=True)
-    # 1: the product, below 2^22.
-    product, exponent, negative = steps.end(
-        product=left.significand * right.significand,
-        exponent=left.exponent + right.exponent + offset + (BIAS - 2 * HALF_BIAS + 21),
+    # 1: the operands; multipliers are far from the rest.
+    left_significand, right_significand, exponent, negative = steps.end(
+        left=left.significand,
+        right=right.significand,
+        exponent=left.exponent + right.exponent,
         negative=left.sign ^ right.sign,
     )
-    # 2: leading zeros.
+    # 2: the product, below 2^22.
+    product, exponent, negative = steps.end(
+        product=left_significand * right_significand,
+        exponent=exponent + offset + (BIAS - 2 * HALF_BIAS + 21),
+        negative=negative,
+    )
+    # 3: leading zeros.
     zeros, product, exponent, negative = steps.end(
         zeros=leading_zeros(steps, product, "product")[:5], product=product, exponent=exponent, negative=negative
     )
-    # 3: normalisation; a product of 0 is +0 or -0.
+    # 4: normalisation; a product of 0 is +0 or -0.
     nonzero = steps.signal(product.any(), "nonzero")
     fraction = steps.signal((product << zeros)[:21], "fraction")
     biased = steps.signal((exponent - zeros)[:8], "biased")

@@ -10,7 +10,7 @@ open, and keeps 21 of the 23 bits of a dequantized sum. None of it is repeated h
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -38,16 +38,21 @@ def weight_terms(lanes: int) -> data.StructLayout:
     return data.StructLayout({"digits": data.ArrayLayout(DIGIT, lanes), "base": BASE_BITS})
 
 
-def aligned_shape(spec: BitSerialSpec) -> Shape:
-    """Of an activation that is aligned to its group's exponent; one bit more where rounding may carry into it."""
+def magnitude_bits(spec: BitSerialSpec) -> int:
+    """Of what is aligned to an exponent; one bit more where rounding may carry into it."""
     carries = spec.rounding == "nearest_even" and spec.align_bits < HALF_SIGNIFICAND_BITS
-    return signed(spec.align_bits + 1 + carries)
+    return spec.align_bits + carries
+
+
+def aligned_layout(spec: BitSerialSpec) -> data.StructLayout:
+    """An activation that is aligned to its group's exponent. Its sign meets the digit's in the PE."""
+    return data.StructLayout({"sign": 1, "magnitude": magnitude_bits(spec)})
 
 
 def activation_layout(spec: BitSerialSpec) -> data.ArrayLayout:
     """The activations of a step of one column: FP16 numbers, or aligned ones with numerics ``shared_exponent``."""
     shared = spec.numerics == "shared_exponent"
-    return data.ArrayLayout(aligned_shape(spec) if shared else HALF_OPERAND, spec.lanes)
+    return data.ArrayLayout(aligned_layout(spec) if shared else HALF_OPERAND, spec.lanes)
 
 
 def sum_layout(spec: BitSerialSpec, sum_bits: int) -> data.StructLayout:
@@ -86,7 +91,7 @@ class ActivationAligner(wiring.Component):
 
     Latency 1 cycle, one step per cycle, no flow control.
 
-    Ports: ``halves``: the lanes' FP16 numbers, the first lane lowest. ``exponent``: E, 1 to 30. ``aligned``: q, signed.
+    Ports: ``halves``: the lanes' FP16 numbers, the first lane lowest. ``exponent``: E, 1 to 30. ``aligned``: q.
     """
 
     latency = 1
@@ -97,7 +102,7 @@ class ActivationAligner(wiring.Component):
             {
                 "halves": In(data.ArrayLayout(16, spec.lanes)),
                 "exponent": In(HALF_EXPONENT_BITS),
-                "aligned": Out(data.ArrayLayout(aligned_shape(spec), spec.lanes)),
+                "aligned": Out(data.ArrayLayout(aligned_layout(spec), spec.lanes)),
             }
         )
 
@@ -108,7 +113,7 @@ class ActivationAligner(wiring.Component):
             distance = Signal(HALF_EXPONENT_BITS, name=f"distance_{lane}")
             m.d.comb += distance.eq(self.exponent - operand.exponent)
             magnitude = _aligned(m, self.spec, operand.significand, distance, f"lane_{lane}")
-            m.d.sync += self.aligned[lane].eq(Mux(operand.sign, -magnitude, magnitude))
+            m.d.sync += [self.aligned[lane].magnitude.eq(magnitude), self.aligned[lane].sign.eq(operand.sign)]
         return m
 
 
@@ -158,13 +163,14 @@ class BitSerialPe(wiring.Component):
 
     def _shared(self, m: Module) -> None:
         # Shift and sign: the lane's product with its digit.
-        width = aligned_shape(self.spec).width + MAXIMUM_SHIFT
+        width = magnitude_bits(self.spec) + MAXIMUM_SHIFT
         products = []
         for lane, digit in enumerate(self.weight.digits):
-            product = Signal(signed(width), name=f"product_{lane}")
-            shifted = Signal(signed(width), name=f"shifted_{lane}")
-            m.d.comb += shifted.eq(Mux(digit.present, _shift_left(self.activation[lane], digit.shift), 0))
-            m.d.sync += product.eq(Mux(digit.negative, -shifted, shifted))
+            operand = self.activation[lane]
+            product = Signal(signed(width + 1), name=f"product_{lane}")
+            shifted = Signal(width, name=f"shifted_{lane}")
+            m.d.comb += shifted.eq(Mux(digit.present, _shift_left(operand.magnitude, digit.shift), 0))
+            m.d.sync += product.eq(Mux(digit.negative ^ operand.sign, -shifted, shifted))
             products.append(product)
         self._add_up(m, products)
 
@@ -211,7 +217,7 @@ class BitSerialPe(wiring.Component):
 
     def _paper(self, m: Module) -> None:
         spec = self.spec
-        magnitude_bits = aligned_shape(spec).width - 1
+        width = magnitude_bits(spec)
         m.submodules.exponent_match = match = Module()
         m.submodules.multiplier = multiplier = Module()
         m.submodules.group_accumulator = accumulator = Module()
@@ -241,13 +247,13 @@ class BitSerialPe(wiring.Component):
             distance = Signal(EXPONENT_BITS, name=f"distance_{lane}")
             match.d.sync += distance.eq(greatest - exponent)
             # Align.
-            magnitude = Signal(magnitude_bits, name=f"magnitude_{lane}")
-            product = Signal(signed(magnitude_bits + 1), name=f"product_{lane}")
+            magnitude = Signal(width, name=f"magnitude_{lane}")
+            product = Signal(signed(width + 1), name=f"product_{lane}")
             multiplier.d.comb += magnitude.eq(_aligned(multiplier, spec, significands[lane], distance, f"lane_{lane}"))
             multiplier.d.sync += product.eq(Mux(negatives[lane], -magnitude, magnitude))
             products.append(product)
         # Tree.
-        dot_product = Signal(signed(magnitude_bits + 1 + (spec.lanes - 1).bit_length()))
+        dot_product = Signal(signed(width + 1 + (spec.lanes - 1).bit_length()))
         multiplier.d.sync += dot_product.eq(_tree(products))
         # Group accumulator, which is told one cycle before what comes.
         exponent_of_tree = delayed(match, matched, 1, "matched")

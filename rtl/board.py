@@ -29,7 +29,7 @@ from termwise.rtl.serial_link import (
     UartReceiver,
     UartTransmitter,
 )
-from termwise.rtl.synthesis import FigureError, clock_of, counted, get_target, statistics_of
+from termwise.rtl.synthesis import FigureError, cells_of, clock_of, counted, get_target
 from termwise.rtl.toolchain import ECPPACK, NEXTPNR_ECP5, YOSYS, find
 from termwise.rtl.units import board_design
 from termwise.rtl.verilog import verilog
@@ -238,7 +238,7 @@ def build_bitstream(design: BoardDesign, folder: Path, progress: Callable[[str],
     command = "synth_ecp5 -noflatten -top board; flatten; opt_clean"
     script = f"read_verilog board.v; {command}; tee -q -o cells.json stat -json; write_json board.json"
     find(YOSYS).run(["-q", "-l", "yosys.log", "-p", script], work, "yosys.log")
-    cells = statistics_of(work / "cells.json")["design"]["num_cells_by_type"]
+    cells = cells_of(work / "cells.json")
     progress("place and route")
     options = ["--json", "board.json", "--lpf", "board.lpf", "--textcfg", "board.config", "--report", "report.json"]
     find(NEXTPNR_ECP5).run([*DEVICE, *options, "--seed", "1", "-q"], work, "nextpnr.log", timeout=1800)

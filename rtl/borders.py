@@ -72,7 +72,7 @@ paired, bias: outlier-victim pairs, and the bias of their outliers.
 activation_…: the same of activations that are codes.
 """
 
-SCALE_PRODUCT_CYCLES = 3
+SCALE_PRODUCT_CYCLES = 4
 """From the scales of a row and a column to the FP32 number that is their product."""
 
 NARROW_TYPES = ("int4", "flint4", "int3", "flint3", "int2")

@@ -51,6 +51,7 @@ class Target:
         synthesize: yosys' command, with ``{top}``.
         flat, split: its options for one netlist, and for one of modules, each of which is then synthesized once.
         luts, flip_flops, dsps, brams, carries: how many of each a cell counts for.
+        free: cells that come with those.
         router: nextpnr of the family; None where there is none.
         device: its options.
         sizes: the option of the device, for units and for arrays.
@@ -67,6 +68,7 @@ class Target:
     dsps: tuple[str, ...]
     brams: tuple[str, ...]
     carries: tuple[str, ...]
+    free: tuple[str, ...] = ()
     router: ToolKind | None = None
     device: tuple[str, ...] = ()
     sizes: tuple[str, str] = ("", "")
@@ -74,12 +76,24 @@ class Target:
 
 
 _XILINX: dict[str, Any] = {
-    # Distributed memories take the LUTs of a slice.
-    "luts": {**{f"LUT{inputs}": 1 for inputs in range(1, 7)}, "RAM32M": 4, "RAM32M16": 8, "RAM64M": 4, "RAM32X1D": 2},
+    # Distributed memories and shift registers take LUTs of a slice.
+    "luts": {
+        **{f"LUT{inputs}": 1 for inputs in range(1, 7)},
+        "INV": 1,
+        "SRL16E": 1,
+        "SRLC32E": 1,
+        "RAM32M": 4,
+        "RAM32M16": 8,
+        "RAM64M": 4,
+        "RAM64M8": 8,
+        "RAM32X1D": 2,
+        "RAM64X1D": 2,
+    },
     "flip_flops": ("FDRE", "FDSE", "FDCE", "FDPE"),
     "dsps": ("DSP48E1", "DSP48E2"),
     "brams": ("RAMB18E1", "RAMB36E1", "RAMB18E2", "RAMB36E2"),
     "carries": ("CARRY4", "CARRY8"),
+    "free": ("MUXF7", "MUXF8", "MUXF9"),
 }
 _NO_XILINX = "no place and route: nextpnr has no device of the family, so there is no clock"
 
@@ -98,6 +112,7 @@ TARGETS: Mapping[str, Target] = {
             dsps=("MULT18X18D",),
             brams=("DP16KD", "PDPW16KD"),
             carries=("CCU2C",),
+            free=("PFUMX", "L6MUX21"),
             router=NEXTPNR_ECP5,
             device=("--package", "CABGA381", "--speed", "6", "--out-of-context"),
             sizes=("--25k", "--85k"),
@@ -143,6 +158,7 @@ TARGETS: Mapping[str, Target] = {
             split=" -noflatten",
             luts={
                 **{f"LUT{inputs}": 1 for inputs in range(1, 5)},
+                "INV": 1,
                 "ALU": 1,
                 "RAM16SDP4": 4,
                 "RAM16SDP2": 2,
@@ -152,6 +168,7 @@ TARGETS: Mapping[str, Target] = {
             dsps=("MULT9X9", "MULT18X18", "MULT36X36"),
             brams=("SDPB", "SDPX9B", "DPB", "SPB"),
             carries=("ALU",),
+            free=("MUX2_LUT5", "MUX2_LUT6", "MUX2_LUT7", "MUX2_LUT8", "GND", "VCC"),
             router=NEXTPNR_GOWIN,
             device=("--device", "GW1NR-LV9QN88PC6/I5", "--vopt", "family=GW1N-9C", "--vopt", "cst=pins.cst"),
             pins=("clk", "rst", "shift_in", "take", "shift_out"),
@@ -289,10 +306,11 @@ def synthesize(
 
 
 def counted(cells: Mapping[str, int], target: Target) -> dict[str, Any]:
-    """Figures from the cells of a netlist, by type."""
-    known = {*target.luts, *target.flip_flops, *target.dsps, *target.brams, *target.carries}
-    if not any(cell in known for cell in cells):
-        raise FigureError(f"none of the cells {', '.join(cells) or '(none)'} is one of {target.name}'s")
+    """Figures from the cells of a netlist, by type. Raises ``FigureError`` for a cell that the target does not name."""
+    known = {*target.luts, *target.flip_flops, *target.dsps, *target.brams, *target.carries, *target.free}
+    unknown = sorted(set(cells) - known)
+    if unknown or not cells:
+        raise FigureError(f"cells {', '.join(unknown) or '(none)'}; expected those of {target.name} that are counted")
 
     def total(names: tuple[str, ...]) -> int:
         return sum(cells.get(name, 0) for name in names)
@@ -315,17 +333,25 @@ def statistics_of(path: Path) -> dict[str, Any]:
     """What ``stat -json`` has written. Raises ``FigureError`` where that is not there."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not document["design"]["num_cells_by_type"]:
+        if not document["modules"] or not document["design"]["num_cells_by_type"]:
             raise KeyError("num_cells_by_type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FigureError(f"{path}: no counts of cells ({error}); expected what yosys' stat -json writes") from error
     return dict(document)
 
 
+def cells_of(path: Path) -> dict[str, int]:
+    """Cells by type from what ``stat -json`` has written, without instances of the netlist's own modules."""
+    document = statistics_of(path)
+    own = {name.removeprefix("\\") for name in document["modules"]}
+    cells = document["design"]["num_cells_by_type"]
+    return {name: count for name, count in cells.items() if name not in own}
+
+
 def _cells(name: str, command: str, folder: Path, step: str) -> dict[str, int]:
     script = f"read_verilog {name}.v; {command}; tee -q -o {step}.json stat -json"
     _yosys(script, folder, step)
-    return dict(statistics_of(folder / f"{step}.json")["design"]["num_cells_by_type"])
+    return cells_of(folder / f"{step}.json")
 
 
 def clock_of(path: Path) -> float:

@@ -12,7 +12,7 @@ from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.operands import split_half
 from termwise.algorithms.reference import accumulate, dot_product, shift_right
-from termwise.rtl.bit_serial import ActivationAligner, BitSerialPe, aligned_shape, least_sum_bits
+from termwise.rtl.bit_serial import ActivationAligner, BitSerialPe, least_sum_bits, magnitude_bits
 from termwise.rtl.compiled_model import CompiledModel
 from termwise.rtl.handover import Dequantizer
 
@@ -55,7 +55,8 @@ class Stimulus:
         digits = self.present | self.negative.astype(int) << 1 | self.shift << 2
         weight = [_packed(row, 5) | int(base) << 5 * len(row) for row, base in zip(digits, self.base, strict=True)]
         if self.spec.numerics == "shared_exponent":
-            activation = [_packed(row, aligned_shape(self.spec).width) for row in self.aligned]
+            fields = (self.aligned < 0) | np.abs(self.aligned) << 1
+            activation = [_packed(row, magnitude_bits(self.spec) + 1) for row in fields]
         else:
             halves = (self.significands < 0) | self.exponents << 1 | np.abs(self.significands) << 6
             activation = [_packed(row, 17) for row in halves]
@@ -176,12 +177,12 @@ def test_activations_are_aligned_to_their_group(name: str, rounding: str) -> Non
     greatest = np.minimum(exponents + random.integers(0, 30, exponents.size), 30)
     component = ActivationAligner(spec)
     shown = CompiledModel(component).run({"halves": finite, "exponent": greatest})["aligned"][1:]
-    width = aligned_shape(spec).width
+    assert component.aligned.shape().size == 1 + magnitude_bits(spec)
     for cycle in range(finite.size - 1):
         distance = int(greatest[cycle] - exponents[cycle]) - (spec.align_bits - 11)
         magnitude = shift_right(abs(int(significands[cycle])), distance, spec.rounding)
-        expected = magnitude if significands[cycle] > 0 else -magnitude
-        assert _signed(int(shown[cycle]), width) == expected, (hex(finite[cycle]), greatest[cycle])
+        negative = int(finite[cycle]) >> 15
+        assert int(shown[cycle]) == magnitude << 1 | negative, (hex(finite[cycle]), greatest[cycle])
 
 
 def test_a_sum_that_no_register_holds_is_refused() -> None:

@@ -144,8 +144,10 @@ def test_versions_are_compared_as_numbers() -> None:
 
 
 def test_figures_that_are_missing_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(FigureError, match="none of the cells LUT9"):
-        counted({"LUT9": 3}, TARGETS["ecp5"])
+    with pytest.raises(FigureError, match="cells LUT9; expected those of ecp5"):
+        counted({"LUT4": 1, "LUT9": 3}, TARGETS["ecp5"])
+    with pytest.raises(FigureError, match=r"cells \(none\)"):
+        counted({}, TARGETS["ecp5"])
     path = tmp_path / "stat.json"
     for text in ("", "{}", '{"design": {"num_cells_by_type": {}}}'):
         path.write_text(text)
