@@ -374,17 +374,22 @@ def _routed_clock(unit: Unit, target: Target, seed: int, folder: Path) -> float:
     return clock_of(folder / report)
 
 
+def gate_script(top: str, *, flat: bool) -> str:
+    """Yosys' commands from Verilog that is read to gates."""
+    registers = f"setattr -unset init w:*; dfflegalize -cell {FLIP_FLOP} x"  # they have a reset, no initial value
+    synthesis = f"synth {'-flatten ' if flat else ''}-noabc -top {top}"
+    return f"{synthesis}; memory_map; opt -full; techmap; {registers}; abc -g {GATES}; opt_clean"
+
+
 def _gates(unit: Unit, folder: Path, *, flat: bool, split: bool) -> dict[str, Any]:
     """Area in NAND2 gates, and the shares of the modules inside."""
-    registers = f"setattr -unset init w:*; dfflegalize -cell {FLIP_FLOP} x"  # they have a reset, no initial value
-    mapping = f"memory_map; opt -full; techmap; {registers}; abc -g {GATES}; opt_clean"
     found: dict[str, Any] = {}
     if flat:
-        script = f"read_verilog {unit.name}.v; synth -flatten -noabc -top {unit.name}; {mapping}"
+        script = f"read_verilog {unit.name}.v; {gate_script(unit.name, flat=True)}"
         _yosys(f"{script}; tee -q -o gates.json stat -json", folder, "gates")
         found = areas(statistics_of(folder / "gates.json"), unit.name) | {"parts": None}
     if split or not flat:
-        script = f"read_verilog {unit.name}.v; synth -noabc -top {unit.name}; {mapping}"
+        script = f"read_verilog {unit.name}.v; {gate_script(unit.name, flat=False)}"
         _yosys(f"{script}; tee -q -o parts.json stat -json", folder, "parts")
         whole = areas(statistics_of(folder / "parts.json"), unit.name)
         found = whole | found | {"parts": whole["parts"]}

@@ -16,7 +16,16 @@ from termwise.flow.cli import main
 from termwise.flow.synthesis import Synthesizer, baseline_of, baseline_path, compare, yosys_version
 from termwise.rtl import toolchain
 from termwise.rtl.gates import TRANSISTORS, gate_area
-from termwise.rtl.synthesis import TARGETS, FigureError, areas, clock_of, counted, get_target, statistics_of
+from termwise.rtl.synthesis import (
+    TARGETS,
+    FigureError,
+    areas,
+    clock_of,
+    counted,
+    gate_script,
+    get_target,
+    statistics_of,
+)
 from termwise.rtl.toolchain import Tool, ToolError, ToolKind, version_numbers
 from termwise.rtl.units import UNITS, get_unit
 from termwise.rtl.verilog import port_table, verilog
@@ -190,6 +199,30 @@ def test_verilog_is_the_same_every_time_and_names_its_ports(tmp_path: Path) -> N
         assert f".{port['name']}(" in (tmp_path / "a" / "bit_serial_instance.v").read_text()
         assert f"| `{port['name']}` |" in (tmp_path / "a" / "bit_serial.md").read_text()
     assert f"latency: {UNITS['bit_serial'].build().latency} cycles" in (tmp_path / "a" / "bit_serial.md").read_text()
+
+
+@pytest.mark.parametrize("unit", ["dequantizer", "term_generator", "pair_decoder"])
+@pytest.mark.parametrize("target", ["ecp5", "asic"])
+def test_netlists_are_proved_to_do_what_the_verilog_does(unit: str, target: str, tmp_path: Path) -> None:
+    """What is counted is the unit, by yosys' own equivalence check."""
+    (tmp_path / "unit.v").write_text(verilog(UNITS[unit].build(), "unit"))
+    mapped = (
+        gate_script("unit", flat=True)
+        if target == "asic"
+        else f"{get_target(target).synthesize.format(top='unit')}; techmap -autoproc -map +/ecp5/cells_sim.v"
+    )
+    proof = (
+        f"read_verilog unit.v; {mapped}; setattr -unset init w:*; rename unit gate; design -stash gate; "
+        "read_verilog unit.v; hierarchy -top unit; proc; flatten; memory_map; setattr -unset init w:*; "
+        "rename unit gold; design -copy-from gate -as gate gate; async2sync; equiv_make gold gate equiv; "
+        "hierarchy -top equiv; flatten; opt_clean; equiv_simple -undef; equiv_induct -undef; equiv_status {}"
+    )
+    tool = toolchain.find(toolchain.YOSYS)
+    tool.run(["-q", "-l", "log", "-p", proof.format("-assert")], tmp_path, "log")
+    wrong = proof.replace("rename unit gold;", "connect -set {} 0; rename unit gold;", 1)
+    output = next(port["name"] for port in port_table(UNITS[unit].build()) if port["direction"] == "output")
+    with pytest.raises(ToolError, match="unproven"):
+        tool.run(["-q", "-l", "log", "-p", wrong.replace("{}", output, 1).format("-assert")], tmp_path, "log")
 
 
 def test_instances_that_are_alike_share_a_module() -> None:
