@@ -153,28 +153,35 @@ class IntegerMac(wiring.Component):
         m = Module()
         weight, activation = self.weight.integer, self.activation.integer
         product = Signal(signed(2 * self.bits))
-        exponent = Signal(len(self.weight.exponent) + 1)
+        exponent = delayed(m, self.weight.exponent + self.activation.exponent, 2, "exponent")
+        control = data.View(TERM_CONTROL, delayed(m, self.control.as_value(), self.latency - 1, "control"))
+        shifted = Signal(signed(ACCUMULATOR_BITS))
         if self.bits == NARROW_BITS:
-            m.d.sync += product.eq(weight * activation)
+            # Operands, which may come a long way; product; shift and accumulator in one.
+            weight, activation = delayed(m, weight, 1, "weight"), delayed(m, activation, 1, "activation")
+            m.d.sync += product.eq(_product(weight, activation))
+            m.d.comb += shifted.eq(product << exponent)
         else:
-            # Four products of halves h · 16 + l, then their sum.
+            # Four products of halves h · 16 + l; their sum; shift; accumulator.
             halves = [((operand[4:].as_signed(), 4), (operand[:4], 0)) for operand in (weight, activation)]
             partial = []
             for left, left_place in halves[0]:
                 for right, right_place in halves[1]:
                     part = Signal(signed(10), name=f"product_{left_place}_{right_place}")
-                    m.d.sync += part.eq(left * right)
+                    m.d.sync += part.eq(_product(left, right))
                     partial.append(part << (left_place + right_place))
             m.d.sync += product.eq((partial[0] + partial[1]) + (partial[2] + partial[3]))
-        stages = self.latency - 2
-        m.d.sync += exponent.eq(delayed(m, self.weight.exponent + self.activation.exponent, stages - 1, "exponent"))
-        # Shift.
-        shifted = Signal(signed(ACCUMULATOR_BITS))
-        m.d.sync += shifted.eq(product << exponent)
-        # Accumulator.
-        control = data.View(TERM_CONTROL, delayed(m, self.control.as_value(), stages + 1, "control"))
+            m.d.sync += shifted.eq(product << exponent)
         total = Signal(signed(ACCUMULATOR_BITS))
         with m.If(control.valid):
             m.d.sync += total.eq(Mux(control.first, 0, total) + shifted)
         m.d.comb += self.sum.eq(total)
         return m
+
+
+def _product(left: Value, right: Value) -> Value:
+    """left · right of 4 bits, either signed or not, as rows: synthesis would take a DSP, which is far and slow."""
+    rows: list[Value] = [Mux(bit, left, 0) << place for place, bit in enumerate(right)]
+    if right.shape().signed:
+        rows[3] = -rows[3]
+    return (rows[0] + rows[1]) + (rows[2] + rows[3])

@@ -10,6 +10,8 @@ open, and keeps 21 of the 23 bits of a dequantized sum. None of it is repeated h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -164,15 +166,23 @@ class BitSerialPe(wiring.Component):
     def _shared(self, m: Module) -> None:
         # Shift and sign: the lane's product with its digit.
         width = magnitude_bits(self.spec) + MAXIMUM_SHIFT
-        products = []
+        products, negatives = [], []
         for lane, digit in enumerate(self.weight.digits):
             operand = self.activation[lane]
             product = Signal(signed(width + 1), name=f"product_{lane}")
             shifted = Signal(width, name=f"shifted_{lane}")
-            m.d.comb += shifted.eq(Mux(digit.present, _shift_left(operand.magnitude, digit.shift), 0))
-            m.d.sync += product.eq(Mux(digit.negative ^ operand.sign, -shifted, shifted))
+            negative = Signal(name=f"negative_{lane}")
+            m.d.comb += [
+                shifted.eq(Mux(digit.present, _shift_left(operand.magnitude, digit.shift), 0)),
+                negative.eq(digit.negative ^ operand.sign),
+            ]
+            # -x = ~x + 1; the tree adds the ones.
+            m.d.sync += product.eq(Cat(shifted, Const(0, 1)) ^ negative.replicate(width + 1))
             products.append(product)
-        self._add_up(m, products)
+            negatives.append(negative)
+        ones = Signal(range(len(negatives) + 1))
+        m.d.sync += ones.eq(_tree(negatives))
+        self._add_up(m, [*products, ones])
 
     # ---- numerics exact ----
 
@@ -196,12 +206,12 @@ class BitSerialPe(wiring.Component):
         self._add_up(m, products)
 
     def _add_up(self, m: Module, products: list[Signal]) -> None:
-        """Tree of the lanes' products, then the accumulator, for sums that lose nothing."""
+        """Tree of ``products``, those of the lanes first, then the accumulator, for sums that lose nothing."""
         before = self.latency - 2
         base = delayed(m, self.weight.base, before, "base")
         control = delayed(m, self.control.as_value(), before, "control")
         # Tree.
-        lanes_bits = (len(products) - 1).bit_length()
+        lanes_bits = (self.spec.lanes - 1).bit_length()
         dot_product = Signal(signed(len(products[0]) + lanes_bits))
         m.d.sync += dot_product.eq(_tree(products))
         base, control = delayed(m, base, 1, "base_of_sum"), delayed(m, control, 1, "control_of_sum")
@@ -329,7 +339,7 @@ def _positive(value: Value) -> Value:
     return Mux(value[-1], 0, value[:-1])
 
 
-def _tree(values: list[Signal]) -> Value:
+def _tree(values: Sequence[Value]) -> Value:
     """The sum of ``values`` as a balanced tree."""
     level: list[Value] = list(values)
     while len(level) > 1:

@@ -83,15 +83,14 @@ def leading_zeros(steps: Steps, value: Value, name: str) -> Value:
 def shift_right_sticky(steps: Steps, value: Value, places: Value, name: str) -> Value:
     """``value`` >> ``places``, the lowest bit set where a one fell off. ``places`` may exceed the width."""
     stages = len(value).bit_length()
-    everything = value.any()
-    for stage in range(min(stages, len(places))):
-        step = 1 << stage
-        fallen = value[: min(step, len(value))].any()
-        shifted = Cat(value[step] | fallen, value[step + 1 :]) if step < len(value) else fallen
-        value = steps.signal(Mux(places[stage], shifted, value), f"{name}_by_{step}")
-    if len(places) > stages:
-        value = steps.signal(Mux(places[stages:].any(), everything, value), f"{name}_far")
-    return value
+    near = places[:stages]
+    # What falls off is found beside the shifter, not along it.
+    fallen = steps.signal(Cat(bit & (near > place) for place, bit in enumerate(value)).any(), f"{name}_fallen")
+    shifted = steps.signal(value >> near, name)
+    kept = Cat(shifted[0] | fallen, shifted[1:])
+    if len(places) <= stages:
+        return kept
+    return Mux(places[stages:].any(), value.any(), kept)
 
 
 def unpack(bits: Value) -> tuple[Value, Value, Value]:
@@ -131,9 +130,10 @@ def add(steps: Steps, left: Value, right: Value) -> Value:
     )
     negative, exponent, significand = unpack(large)
     _, exponent_small, significand_small = unpack(small)
-    # 2: the distance.
+    # 2: the distance; from 32 on nothing but a sticky bit is left.
+    far = steps.signal((exponent - exponent_small)[:8], "far")
     distance, negative, exponent, significand, significand_small, subtract, special, is_nan = steps.end(
-        distance=(exponent - exponent_small)[:8],
+        distance=Cat(far[:5], far[5:].any()),
         negative=negative,
         exponent=exponent,
         significand=significand,
@@ -143,8 +143,9 @@ def add(steps: Steps, left: Value, right: Value) -> Value:
         nan=is_nan,
     )
     # 3: alignment.
-    aligned, negative, exponent, significand, subtract, special, is_nan = steps.end(
+    aligned, limit, negative, exponent, significand, subtract, special, is_nan = steps.end(
         aligned=shift_right_sticky(steps, Cat(Const(0, EXTRA_BITS), significand_small), distance, "aligned"),
+        limit=Const(1 << 27, 28) >> exponent,
         negative=negative,
         exponent=exponent,
         significand=significand,
@@ -155,19 +156,20 @@ def add(steps: Steps, left: Value, right: Value) -> Value:
     # 4: sum or difference, of 28 bits; never negative.
     large_significand = Cat(Const(0, EXTRA_BITS), significand)
     total = (large_significand + Mux(subtract, ~aligned, aligned) + subtract)[: SIGNIFICAND_BITS + EXTRA_BITS + 1]
-    total = Cat(total[:-1], total[-1] & ~subtract)
-    total, limit, negative, exponent, subtract, special, is_nan = steps.end(
+    total = steps.signal(Cat(total[:-1], total[-1] & ~subtract), "sum")
+    # The exponent allows so many places to the left; a one is put where that ends.
+    total, marked, negative, exponent, subtract, special, is_nan = steps.end(
         total=total,
-        limit=Const(1 << 27, 28) >> exponent,
+        marked=total | limit,
         negative=negative,
         exponent=exponent,
         subtract=subtract,
         special=special,
         nan=is_nan,
     )
-    # 5: places to the left that the first one has to go, as far as the exponent allows: ``limit`` is a one where that
-    # ends. The bit above the significand is one place too many: it is counted from there, and the exponent is one more.
-    places = leading_zeros(steps, total | limit, "total")[:5]
+    # 5: places to the left that the first one has to go, as far as the exponent allows. The bit above the significand
+    # is one place too many: it is counted from there, and the exponent is one more.
+    places = leading_zeros(steps, marked, "total")[:5]
     total, places, negative, exponent, special, is_nan = steps.end(
         total=total,
         places=places,
@@ -192,67 +194,72 @@ def add(steps: Steps, left: Value, right: Value) -> Value:
     return result
 
 
+def _zeros_of_subnormal(steps: Steps, bits: Value, name: str) -> Value:
+    """Leading zeros of the significand of an FP32 number, which a normal one has not."""
+    number = data.View(FLOAT32, bits)
+    zeros = leading_zeros(steps, Cat(number.fraction, Const(0, 1)), name)[:5]
+    return Mux(number.exponent.any(), 0, zeros)
+
+
 def multiply(steps: Steps, left: Value, right: Value) -> Value:
     """left · right in ``SCALING_CYCLES`` steps; ``right`` is finite. Infinity · 0 is a NaN, 0x7fc00000."""
     a = data.View(FLOAT32, left)
     negative_left, exponent_left, significand_left = unpack(left)
     negative_right, exponent_right, significand_right = unpack(right)
     special = a.exponent.all()
-    # 1: the hidden ones.
-    significand_left, significand_right, exponent, negative, special, is_nan = steps.end(
+    # 1: leading zeros, of subnormal numbers.
+    significand_left, significand_right, zeros_left, zeros_right, exponent, negative, special, is_nan = steps.end(
         left=significand_left,
         right=significand_right,
+        zeros_left=_zeros_of_subnormal(steps, left, "left"),
+        zeros_right=_zeros_of_subnormal(steps, right, "right"),
         exponent=_wide(exponent_left + exponent_right - BIAS),
         negative=negative_left ^ negative_right,
         special=special,
         nan=special & (a.fraction.any() | ~right[:31].any()),
     )
     # 2: products of halves, each as wide as the multiplier of any FPGA.
-    low, middle_left, middle_right, high, exponent, negative, special, is_nan = steps.end(
+    low, middle_left, middle_right, high, zeros, exponent, negative, special, is_nan = steps.end(
         low=significand_left[:12] * significand_right[:12],
         middle_left=significand_left[12:] * significand_right[:12],
         middle_right=significand_left[:12] * significand_right[12:],
         high=significand_left[12:] * significand_right[12:],
+        zeros=zeros_left + zeros_right,
         exponent=exponent,
         negative=negative,
         special=special,
         nan=is_nan,
     )
     # 3: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
-    product, exponent, negative, special, is_nan = steps.end(
+    product, zeros, exponent, negative, special, is_nan = steps.end(
         product=(Cat(low, high) + ((middle_left + middle_right) << 12))[:48],
-        exponent=exponent,
+        zeros=zeros,
+        exponent=_wide(exponent - zeros),
         negative=negative,
         special=special,
         nan=is_nan,
     )
-    # 4: leading zeros.
-    zeros, product, exponent, negative, special, is_nan = steps.end(
-        zeros=leading_zeros(steps, product, "product")[:6],
-        product=product,
-        exponent=exponent,
-        negative=negative,
-        special=special,
-        nan=is_nan,
+    # 4: normalisation: the first one comes to the top or to the bit below.
+    product, exponent, negative, special, is_nan = steps.end(
+        product=(product << zeros)[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
     )
-    # 5: normalisation: the first one at the top. What is below 24 + 3 bits is kept as one bit.
-    wide = steps.signal((product << zeros)[:48], "wide")
-    below = steps.signal(_wide(zeros - exponent), "below")  # places to the right that a subnormal number has to go
-    least = steps.signal(below > 0, "least")
-    kept, biased, least, below, negative, special, is_nan = steps.end(
+    # 5: the first one at the top. What is below 24 + 3 bits is kept as one bit.
+    wide = steps.signal(Mux(product[-1], product, product << 1)[:48], "wide")
+    biased = steps.signal(_wide(exponent + product[-1]), "biased")
+    below = steps.signal(_wide(1 - biased), "below")  # places to the right that a subnormal number has to go
+    least = steps.signal(biased < 1, "least")
+    kept, biased, below, negative, special, is_nan = steps.end(
         kept=Cat(wide[:22].any(), wide[22:]),
-        biased=_wide(exponent - zeros + 1),
-        least=least,
-        below=Cat(below[:5], below[5:11].any()),
+        biased=Mux(least, 0, biased)[:11],
+        below=Mux(least, Cat(below[:5], below[5:11].any()), 0),
         negative=negative,
         special=special,
         nan=is_nan,
     )
     # 6: subnormal numbers.
-    shifted = shift_right_sticky(steps, kept, below, "subnormal")
     kept, exponent, negative, special, is_nan = steps.end(
-        kept=Mux(least, shifted, kept),
-        exponent=Mux(least | ~kept[-1], 0, biased)[:11],
+        kept=shift_right_sticky(steps, kept, below, "subnormal"),
+        exponent=Mux(kept[-1], biased, 0),
         negative=negative,
         special=special,
         nan=is_nan,
