@@ -85,7 +85,8 @@ def shift_right_sticky(steps: Steps, value: Value, places: Value, name: str) -> 
     stages = len(value).bit_length()
     near = places[:stages]
     # What falls off is found beside the shifter, not along it.
-    fallen = steps.signal(Cat(bit & (near > place) for place, bit in enumerate(value)).any(), f"{name}_fallen")
+    kept_places = (Const(-1, len(value)) << near)[: len(value)]
+    fallen = steps.signal((value & ~kept_places).any(), f"{name}_fallen")
     shifted = steps.signal(value >> near, name)
     kept = Cat(shifted[0] | fallen, shifted[1:])
     if len(places) <= stages:
@@ -244,14 +245,16 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         product=(product << zeros)[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
     )
     # 5: the first one at the top. What is below 24 + 3 bits is kept as one bit.
-    wide = steps.signal(Mux(product[-1], product, product << 1)[:48], "wide")
-    biased = steps.signal(_wide(exponent + product[-1]), "biased")
-    below = steps.signal(_wide(1 - biased), "below")  # places to the right that a subnormal number has to go
-    least = steps.signal(biased < 1, "least")
+    top = product[-1]
+    wide = steps.signal(Mux(top, product, product << 1)[:48], "wide")
+    biased = exponent + top
+    # Where it is less than 1, the number is subnormal and goes 1 - biased places to the right: ~exponent + (1 or 2).
+    below = steps.signal((~exponent + Cat(top, ~top))[:11], "below")
+    least = steps.signal(exponent[-1] | (~top & ~exponent.any()), "least")
     kept, biased, below, negative, special, is_nan = steps.end(
         kept=Cat(wide[:22].any(), wide[22:]),
         biased=Mux(least, 0, biased)[:11],
-        below=Mux(least, Cat(below[:5], below[5:11].any()), 0),
+        below=Mux(least, Cat(below[:5], below[5:].any()), 0),
         negative=negative,
         special=special,
         nan=is_nan,
