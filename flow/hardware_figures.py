@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def draw_blocks(
         save(figure, folder, name)
 
 
-def draw_timing(waves: Mapping[str, Sequence[int]], folder: Path, name: str) -> None:
+def draw_timing(waves: Mapping[str, Any], folder: Path, name: str) -> None:
     """Waves of one clock: bits as lines, numbers as text where they change; ``None`` where they mean nothing."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -142,7 +142,7 @@ def draw_timing(waves: Mapping[str, Sequence[int]], folder: Path, name: str) -> 
         save(figure, folder, name)
 
 
-def _shown(valid: Sequence[int], values: Sequence[int]) -> list[Any]:
+def _shown(valid: Iterable[int], values: Iterable[int]) -> list[Any]:
     return [int(value) if there else None for there, value in zip(valid, values, strict=True)]
 
 
@@ -156,7 +156,7 @@ def draw_all(folder: Path) -> None:
     # Registers: a write, then a read of the same one.
     offset, cycles = OFFSETS["chunk_steps"], 8
     write, read = [1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]
-    ports = {
+    ports: dict[str, Any] = {
         "bus__awvalid": write,
         "bus__wvalid": write,
         "bus__awaddr": offset,
@@ -168,18 +168,18 @@ def draw_all(folder: Path) -> None:
         "bus__rready": [0, 0, 0, 0, 0, 0, 1, 0],
     }
     found = model.run(ports, cycles)
-    waves: dict[str, Sequence[Any]] = {
+    waves: dict[str, Any] = {
         "awvalid, wvalid": write,
         "awready, wready": found["bus__awready"],
         "awaddr": _shown(write, [offset] * cycles),
         "wdata": _shown(write, [0x20] * cycles),
         "bvalid": found["bus__bvalid"],
-        "bready": ports["bus__bready"],  # type: ignore[dict-item]
+        "bready": ports["bus__bready"],
         "arvalid": read,
         "arready": found["bus__arready"],
         "araddr": _shown(read, [offset] * cycles),
         "rvalid": found["bus__rvalid"],
-        "rready": ports["bus__rready"],  # type: ignore[dict-item]
+        "rready": ports["bus__rready"],
         "rdata": _shown(found["bus__rvalid"], found["bus__rdata"]),
     }
     draw_timing(waves, folder, "timing-registers")
@@ -204,7 +204,11 @@ def draw_all(folder: Path) -> None:
         sent.append((valid, ready, beat & 0xFFFF))
         place += valid & ready
     valids, readies, values = zip(*sent, strict=True)
-    waves = {"operands.valid": valids, "operands.ready": readies, "payload[15:0]": _shown(valids, values)}
+    waves = {
+        "operands.valid": valids,
+        "operands.ready": readies,
+        "payload[15:0]": _shown(valids, values),
+    }
     draw_timing(waves, folder, "timing-operands")
     # The memory of outputs is read once the tile is done; the taker waits for two cycles.
     for _ in range(400):
@@ -225,7 +229,13 @@ def draw_all(folder: Path) -> None:
 
 
 def _write(model: CompiledModel, offset: int, value: int) -> None:
-    ports = {"bus__awaddr": offset, "bus__wdata": value, "bus__wstrb": 15, "bus__awvalid": 1, "bus__wvalid": 1}
+    ports = {
+        "bus__awaddr": offset,
+        "bus__wdata": value,
+        "bus__wstrb": 15,
+        "bus__awvalid": 1,
+        "bus__wvalid": 1,
+    }
     model.run(ports, 1)
     model.run({"bus__bready": 1}, 1)
 

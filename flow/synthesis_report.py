@@ -219,6 +219,8 @@ def report_text(found: Figures, command: str) -> str:
         "",
         "## Parts of BitMoD's PE",
         "",
+        "The papers print the areas of whole PEs and of decoders alone (above), not those of the parts of a PE.",
+        "",
         "| part | share of the area |",
         "|---|--:|",
         *(f"| {name.replace('_', ' ')} | {share:.1%} |" for name, share in parts_of_pe(found).items()),

