@@ -18,7 +18,7 @@ ACCUMULATOR_ROWS = 8
 (``docs/microarchitecture.md``, section 3, for this and for what follows)."""
 
 INTEGER_TO_FLOAT_CYCLES = 4
-SCALING_CYCLES = 7
+SCALING_CYCLES = 8
 ADDITION_CYCLES = 7
 CHANNEL_SCALE_CYCLES = SCALING_CYCLES
 HALF_CYCLES = 3

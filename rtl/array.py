@@ -398,29 +398,31 @@ def _product_of_halves(m: Module, left: data.View, right: data.View, offset: Val
     In ``SCALE_PRODUCT_CYCLES``.
     """
     steps = Steps(m, f"scale_{name}", registered=True)
-    # 1: the operands; multipliers are far from the rest.
-    left_significand, right_significand, exponent, negative = steps.end(
+    # 1: the operands; multipliers are far from the rest. Leading zeros, of subnormal numbers.
+    left_significand, right_significand, left_zeros, right_zeros, exponent, negative = steps.end(
         left=left.significand,
         right=right.significand,
+        left_zeros=leading_zeros(steps, left.significand, "left")[:4],
+        right_zeros=leading_zeros(steps, right.significand, "right")[:4],
         exponent=left.exponent + right.exponent,
         negative=left.sign ^ right.sign,
     )
     # 2: the product, below 2^22.
-    product, exponent, negative = steps.end(
+    product, zeros, nonzero, exponent, negative = steps.end(
         product=left_significand * right_significand,
-        exponent=exponent + offset + (BIAS - 2 * HALF_BIAS + 21),
+        zeros=left_zeros + right_zeros,
+        nonzero=left_significand.any() & right_significand.any(),
+        exponent=exponent + offset + (BIAS - 2 * HALF_BIAS + 20),
         negative=negative,
     )
-    # 3: leading zeros.
-    zeros, product, exponent, negative = steps.end(
-        zeros=leading_zeros(steps, product, "product")[:5], product=product, exponent=exponent, negative=negative
+    # 3: the registers behind the multiplier.
+    product, zeros, nonzero, exponent, negative = steps.end(
+        product=product, zeros=zeros, nonzero=nonzero, exponent=exponent - zeros, negative=negative
     )
-    # 4: normalisation; a product of 0 is +0 or -0.
-    nonzero = steps.signal(product.any(), "nonzero")
-    fraction = steps.signal((product << zeros)[:21], "fraction")
-    biased = steps.signal((exponent - zeros)[:8], "biased")
-    (result,) = steps.end(
-        result=Cat(Const(0, 2), Mux(nonzero, fraction, 0), Mux(nonzero, biased, 0), negative),
-    )
+    # 4: normalisation: the first one comes to the top or to the bit below; a product of 0 is +0 or -0.
+    wide = steps.signal((product << zeros)[:22], "wide")
+    fraction = Mux(wide[-1], wide[:-1], Cat(Const(0, 1), wide[:-2]))
+    biased = (exponent + wide[-1])[:8]
+    (result,) = steps.end(result=Cat(Const(0, 2), Mux(nonzero, fraction, 0), Mux(nonzero, biased, 0), negative))
     assert steps.count == SCALE_PRODUCT_CYCLES
     return result

@@ -231,7 +231,19 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=is_nan,
     )
-    # 3: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
+    # 3: the registers behind the multipliers, which are far from the rest.
+    low, middle_left, middle_right, high, zeros, exponent, negative, special, is_nan = steps.end(
+        low=low,
+        middle_left=middle_left,
+        middle_right=middle_right,
+        high=high,
+        zeros=zeros,
+        exponent=exponent,
+        negative=negative,
+        special=special,
+        nan=is_nan,
+    )
+    # 4: the product of 48 bits; its top bit stands for twice 2^(exponent - BIAS).
     product, zeros, exponent, negative, special, is_nan = steps.end(
         product=(Cat(low, high) + ((middle_left + middle_right) << 12))[:48],
         zeros=zeros,
@@ -240,11 +252,11 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=is_nan,
     )
-    # 4: normalisation: the first one comes to the top or to the bit below.
+    # 5: normalisation: the first one comes to the top or to the bit below.
     product, exponent, negative, special, is_nan = steps.end(
         product=(product << zeros)[:48], exponent=exponent, negative=negative, special=special, nan=is_nan
     )
-    # 5: the first one at the top. What is below 24 + 3 bits is kept as one bit.
+    # 6: the first one at the top. What is below 24 + 3 bits is kept as one bit.
     top = product[-1]
     wide = steps.signal(Mux(top, product, product << 1)[:48], "wide")
     biased = exponent + top
@@ -259,7 +271,7 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=is_nan,
     )
-    # 6: subnormal numbers.
+    # 7: subnormal numbers.
     kept, exponent, negative, special, is_nan = steps.end(
         kept=shift_right_sticky(steps, kept, below, "subnormal"),
         exponent=Mux(kept[-1], biased, 0),
@@ -267,7 +279,7 @@ def multiply(steps: Steps, left: Value, right: Value) -> Value:
         special=special,
         nan=is_nan,
     )
-    # 7: rounding.
+    # 8: rounding.
     result = rounded(steps, negative, exponent, kept)
     infinity = Cat(Const(INFINITE_EXPONENT << 23, 31), negative)
     (result,) = steps.end(result=Mux(is_nan, Const(0x7FC00000, 32), Mux(special, infinity, result)))
@@ -286,11 +298,11 @@ def integer_to_float(steps: Steps, number: Value, exponent: Value) -> Value:
     """
     width = max(len(number), SIGNIFICAND_BITS)
     # 1: the magnitude. The most negative number has the magnitude 2^(width - 1), which fits. Normalisation ends where
-    # the number is subnormal: ``limit`` is a one there.
-    room = steps.signal(_wide(exponent - LEAST_EXPONENT + width - SIGNIFICAND_BITS), "room")
+    # the number is subnormal: ``limit`` is a one there, at the bit that goes to the top with the least exponent.
+    top = LEAST_EXPONENT + SIGNIFICAND_BITS - 1
     magnitude, limit, exponent, negative = steps.end(
         magnitude=(Mux(number[-1], -number, number) + Const(0, width))[:width],
-        limit=Const(1 << (width - 1), width) >> room[:11],
+        limit=Cat(exponent == top - place for place in range(SIGNIFICAND_BITS)),
         exponent=_wide(exponent),
         negative=number[-1],
     )
