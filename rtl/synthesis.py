@@ -37,6 +37,10 @@ FLOW_VERSION = 1
 """Raised when figures change their meaning."""
 
 
+SCOPE = "$scopeinfo"
+"""A cell of yosys that keeps the name of a module that was flattened, and is nothing."""
+
+
 class FigureError(TermwiseError):
     """A tool ended well, and a figure is not where it should be."""
 
@@ -345,7 +349,7 @@ def cells_of(path: Path) -> dict[str, int]:
     document = statistics_of(path)
     own = {name.removeprefix("\\") for name in document["modules"]}
     cells = document["design"]["num_cells_by_type"]
-    return {name: count for name, count in cells.items() if name not in own}
+    return {name: count for name, count in cells.items() if name not in own and name != SCOPE}
 
 
 def _cells(name: str, command: str, folder: Path, step: str) -> dict[str, int]:
@@ -403,11 +407,7 @@ def areas(document: Mapping[str, Any], top: str) -> dict[str, Any]:
     """
     modules = {name.lstrip("\\"): module for name, module in document["modules"].items()}
     cells = {
-        name: {
-            cell.lstrip("\\"): int(count)
-            for cell, count in module["num_cells_by_type"].items()
-            if cell != "$scopeinfo"  # a name, no gate
-        }
+        name: {cell.lstrip("\\"): int(count) for cell, count in module["num_cells_by_type"].items() if cell != SCOPE}
         for name, module in modules.items()
     }
     instances: dict[str, int] = {}
