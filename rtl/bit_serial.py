@@ -265,39 +265,48 @@ class BitSerialPe(wiring.Component):
         # Tree.
         dot_product = Signal(signed(width + 1 + (spec.lanes - 1).bit_length()))
         multiplier.d.sync += dot_product.eq(_tree(products))
-        # Group accumulator, which is told one cycle before what comes.
+        # Group accumulator, which is told before what comes.
         exponent_of_tree = delayed(match, matched, 1, "matched")
         control = data.View(TERM_CONTROL, delayed(accumulator, self.control.as_value(), 3, "control"))
-        self._accumulate(accumulator, dot_product, exponent_of_tree, control)
+        self._accumulate(accumulator, dot_product, (exponent_of_tree, matched), control)
 
-    def _accumulate(self, m: Module, dot_product: Signal, next_exponent: Value, next_control: data.View) -> None:
+    def _accumulate(
+        self, m: Module, dot_product: Signal, exponents: tuple[Value, Value], next_control: data.View
+    ) -> None:
         """(S, G) ← (S, G) + (D, e'), in a loop of one cycle: what does not need S is computed a cycle ahead.
 
-        ``next_exponent`` and ``next_control`` are those of the term that ``dot_product`` will hold in the next cycle.
+        ``exponents`` are those of the terms that ``dot_product`` will hold in the next cycle and in the one after,
+        ``next_control`` is that of the first of them.
         """
         spec = self.spec
+        next_exponent = exponents[0]
         significand = Signal(signed(spec.accumulator_bits))
         greatest = Signal(EXPONENT_BITS)  # G
         exponent = Signal(EXPONENT_BITS)  # e'
         control = Signal(TERM_CONTROL)
         zero = Signal(init=1)  # S = 0
         empty = Signal(init=1)  # there is no sum that counts: S = 0, or the term is the first of a group
-        distance = Signal(signed(EXPONENT_BITS + 1))  # e' - G
-        opposite = Signal(signed(EXPONENT_BITS + 1))  # G - e'
-        m.d.sync += [exponent.eq(next_exponent), control.eq(next_control)]
+        meets = data.StructLayout(
+            {
+                "takes": 1,  # e' becomes G, but for the excess
+                "distance": signed(EXPONENT_BITS + 1),  # e' - G
+                "old_places": len(significand).bit_length(),  # that S goes to the right
+                "new_places": len(dot_product).bit_length(),  # that D goes to the right
+            }
+        )
+        met = Signal(meets, init={"takes": 1})
+        step = Signal(signed(EXPONENT_BITS + 1))  # the next e' - this one
+        m.d.sync += [exponent.eq(next_exponent), control.eq(next_control), step.eq(exponents[1] - next_exponent)]
         # The smaller exponent's side is shifted right.
-        takes = Signal()  # e' becomes G, but for the excess
-        m.d.comb += takes.eq(empty | (distance >= 0))
-        old, old_bit = shift_right(m, significand, _positive(distance), spec.rounding, "old")
-        new, new_bit = shift_right(m, dot_product, Mux(takes, 0, opposite[:-1]), spec.rounding, "new")
+        old, old_bit = shift_right(m, significand, met.old_places, spec.rounding, "old")
+        new, new_bit = shift_right(m, dot_product, met.new_places, spec.rounding, "new")
         total = Signal(signed(max(spec.accumulator_bits, len(dot_product)) + 1))
         aligned = Mux(empty, 0, old) + new
         m.d.comb += total.eq(aligned if spec.rounding == "truncate" else aligned + (~empty & (old_bit | new_bit)))
-        # Where G would be without an excess, and how far the next term is from it.
-        meeting = Mux(takes, exponent, greatest)
+        # Where G would be without an excess, and how far the next term is from there.
+        meeting = Mux(met.takes, exponent, greatest)
         ahead = Signal(signed(EXPONENT_BITS + 1))
-        away = Signal(signed(EXPONENT_BITS + 1))
-        m.d.comb += [ahead.eq(next_exponent - meeting), away.eq(meeting - next_exponent)]
+        m.d.comb += ahead.eq(step + Mux(met.takes, 0, met.distance))
         # Back into the width of the accumulator, by as few places as possible.
         changes = Signal()
         is_zero = Signal()
@@ -305,7 +314,8 @@ class BitSerialPe(wiring.Component):
         with m.If(changes):
             m.d.comb += is_zero.eq(total == 0)
             for places in reversed(range(self._most_excess(total) + 1)):
-                rounded, bit = shift_right(m, total, Const(places, EXPONENT_BITS), spec.rounding, f"excess_{places}")
+                name = f"excess_{places}"
+                rounded, bit = shift_right(m, total, Const(places, EXPONENT_BITS), spec.rounding, name)
                 value = Signal(signed(len(total) + 1), name=f"kept_{places}")
                 m.d.comb += value.eq(rounded if spec.rounding == "truncate" else rounded + bit)
                 above = value[spec.accumulator_bits - 1 :]  # the sign and copies of it, where the value fits
@@ -313,16 +323,27 @@ class BitSerialPe(wiring.Component):
                     m.d.sync += [
                         significand.eq(value),
                         greatest.eq(meeting + places),
-                        distance.eq(ahead - places),
-                        opposite.eq(away + places),
+                        met.eq(self._met(m, meets, *_difference(m, ahead, places, name), name)),
                     ]
         with m.Else():
             with m.If(control.valid & control.first):
                 m.d.sync += significand.eq(0)
                 m.d.comb += is_zero.eq(1)
-            m.d.sync += [distance.eq(next_exponent - greatest), opposite.eq(greatest - next_exponent)]
-        m.d.sync += [zero.eq(is_zero), empty.eq(is_zero | (next_control.valid & next_control.first))]
+            m.d.sync += met.eq(self._met(m, meets, *_difference(m, next_exponent, greatest, "kept"), "kept"))
+        m.d.sync += [zero.eq(is_zero), empty.eq(is_zero)]
+        with m.If(is_zero | (next_control.valid & next_control.first)):
+            m.d.sync += [empty.eq(1), met.takes.eq(1), met.new_places.eq(0)]
         m.d.comb += [self.sum.significand.eq(significand), self.sum.exponent.eq(greatest)]
+
+    @staticmethod
+    def _met(m: Module, layout: data.StructLayout, distance: Value, opposite: Value, name: str) -> Signal:
+        """How a term meets the sum, its exponent ``distance`` above G; the most places of a shifter are all."""
+        found = Signal(layout, name=name)
+        m.d.comb += [found.distance.eq(distance), found.takes.eq(~distance[-1])]
+        for places, wanted in ((found.old_places, distance), (found.new_places, opposite)):
+            far = wanted[len(places) : -1].any()
+            m.d.comb += places.eq(Mux(wanted[-1], 0, wanted[: len(places)] | far.replicate(len(places))))
+        return found
 
     def _most_excess(self, total: Signal) -> int:
         """Places by which a sum may have to be shifted: one more where rounding up makes it as long as it was."""
@@ -334,9 +355,12 @@ def _shift_left(value: Value, places: Value) -> Value:
     return Mux(places[2], value << 4, Mux(places[1], Mux(places[0], value << 3, value << 2), value << places[0]))
 
 
-def _positive(value: Value) -> Value:
-    """``value``, or 0 where it is negative, without its sign."""
-    return Mux(value[-1], 0, value[:-1])
+def _difference(m: Module, left: Value, right: Value | int, name: str) -> tuple[Signal, Signal]:
+    """left - right and right - left, signed."""
+    shape = signed(EXPONENT_BITS + 1)
+    found = Signal(shape, name=f"{name}_distance"), Signal(shape, name=f"{name}_opposite")
+    m.d.comb += [found[0].eq(left - right), found[1].eq(right - left)]
+    return found
 
 
 def _tree(values: Sequence[Value]) -> Value:
