@@ -1210,11 +1210,13 @@ def synth(
     _hardware_units()
     from termwise.flow.folders import check_place
     from termwise.flow.synthesis import SHOWN, Synthesizer, compare
-    from termwise.rtl.synthesis import get_target
+    from termwise.rtl.synthesis import fits, get_target
     from termwise.rtl.units import UNITS, get_unit
 
     units = list(UNITS.values()) if names == ("all",) else [get_unit(name) for name in names]
     chosen = [(unit, get_target(target)) for unit in units for target in targets or ("ecp5",)]
+    if names == ("all",):
+        chosen = [item for item in chosen if fits(*item)]
     check_place(runs)
     synthesizer = Synthesizer(runs, seeds, console.warn)
     results = [

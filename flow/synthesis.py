@@ -86,7 +86,7 @@ class Synthesizer:
         begin = time.monotonic()
         try:
             found = synthesize(unit, target, self.seeds, place, self.progress, _CONVERSION)
-        except MissingToolError:
+        except (InputError, MissingToolError):  # nothing was tried
             raise
         except TermwiseError as error:
             store.save(Record(kind="synthesis", inputs=inputs, status="failed", error=str(error)))

@@ -20,7 +20,7 @@ from termwise.flow import console
 from termwise.flow.figures import STYLE, save
 from termwise.flow.records import to_json
 from termwise.flow.synthesis import Synthesizer, baseline_of, baseline_path, yosys_version
-from termwise.rtl.synthesis import TARGETS
+from termwise.rtl.synthesis import TARGETS, fits
 from termwise.rtl.units import UNITS, Unit
 
 SEEDS = 3
@@ -46,6 +46,7 @@ def collect(folder: Path, workers: int) -> dict[tuple[str, str], dict[str, Any]]
         kind: Synthesizer(folder, 1 if kind == "array" else SEEDS, console.warn) for kind in ("pe", "block", "array")
     }
     wanted = [(unit, TARGETS[target]) for unit in UNITS.values() for target in REPORT_TARGETS]
+    wanted = [item for item in wanted if fits(*item)]
     # Short ones first: an interrupted run has lost little.
     wanted.sort(key=lambda item: (item[0].kind == "array", item[0].kind == "array" and item[1].name == "ecp5"))
     with ThreadPoolExecutor(workers) as pool:
@@ -70,13 +71,14 @@ def unit_table(found: Figures, units: Sequence[Unit]) -> list[str]:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for unit in units:
-        lattice, xilinx, gates = (found[unit.name, target] for target in REPORT_TARGETS)
+        lattice, xilinx = found[unit.name, "ecp5"], found[unit.name, "xc7"]
+        gates = found.get((unit.name, "asic"))
         cells = [
             unit.name,
             *(_dash(lattice[name]) for name in ("lut", "lut_without_dsp", "ff", "dsp", "bram")),
             _clock(lattice),
             *(_dash(xilinx[name]) for name in ("lut", "ff", "dsp")),
-            console.number(round(gates["area_nand2"])),
+            "–" if gates is None else console.number(round(gates["area_nand2"])),
             unit.summary,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -116,7 +118,7 @@ def findings(found: Figures) -> list[str]:
     for name in ("bit_serial", "bit_serial_shared_exponent", "outlier_victim", "fp16_mac"):
         array, alone = found[f"{name}_array_4x4", "ecp5"]["fmax_mhz"], found[name, "ecp5"]["fmax_mhz"]
         lines.append(f"* 4 × 4 array of `{name}`: {array:.0f} MHz, {array / alone:.0%} of its PE's clock.")
-    gates = {name: found[name, "asic"]["area_nand2"] for name in UNITS}
+    gates = {name: figures["area_nand2"] for (name, target), figures in found.items() if target == "asic"}
     ours = (gates["bit_serial"] + gates["dequantizer"]) / gates["fp16_mac"]
     lines.append(
         f"* Area of BitMoD's PE with its dequantizer over that of `fp16_mac`: {ours:.2f}; published "
@@ -238,7 +240,7 @@ def report_text(found: Figures, command: str) -> str:
         "|---|---|--:|",
     ]
     for unit in UNITS.values():
-        if unit.kind == "array":
+        if (unit.name, "asic") in found and unit.kind == "array":
             for name, share in found[unit.name, "asic"]["parts"].items():
                 if share >= 0.005:
                     lines.append(f"| {unit.name} | {name.replace('_', ' ')} | {share:.1%} |")

@@ -21,7 +21,7 @@ from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from termwise.algorithms.errors import TermwiseError, unknown_name
+from termwise.algorithms.errors import InputError, TermwiseError, unknown_name
 from termwise.algorithms.files import write_text
 from termwise.rtl.gates import FLIP_FLOP, GATES, TRANSISTORS, gate_area
 from termwise.rtl.toolchain import NEXTPNR_ECP5, NEXTPNR_GOWIN, NEXTPNR_ICE40, YOSYS, ToolKind, find
@@ -246,6 +246,11 @@ class Shifted(wiring.Component):
         return m
 
 
+def fits(unit: Unit, target: Target) -> bool:
+    """Whether the target has all that the unit is made of."""
+    return not (unit.has_memories and target.name == "asic")
+
+
 def synthesize(
     unit: Unit,
     target: Target,
@@ -262,8 +267,10 @@ def synthesize(
         progress: is told what is done next.
         conversion: is held while Amaranth converts, which it does for one design at a time.
 
-    Raises ``MissingToolError``, ``ToolError``, ``FigureError``.
+    Raises ``InputError`` for a unit that the target cannot have, ``MissingToolError``, ``ToolError``, ``FigureError``.
     """
+    if not fits(unit, target):
+        raise InputError(f"{unit.name} has block memories, which gates are not; expected another target than asic")
     found: dict[str, Any] = dict.fromkeys(
         ("lut", "lut_without_dsp", "ff", "dsp", "bram", "carry", "fmax_mhz", "fmax_mhz_range", "area_nand2", "parts")
     )

@@ -41,6 +41,7 @@ class Unit:
         build: makes the component.
         products_per_cycle: of a PE, multiplications of a weight and an activation that it does.
         megahertz: what place and route aims at.
+        has_memories: whether it has block memories, which gates are not.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Unit:
     build: Callable[[], Any]
     products_per_cycle: Fraction | None = None
     megahertz: int = 120
+    has_memories: bool = False
 
 
 def _bit_serial(numerics: Numerics) -> Callable[[], BitSerialPe]:
@@ -135,6 +137,7 @@ def _units() -> Mapping[str, Unit]:
             kind="array",
             build=lambda: Accelerator(board_design()),
             megahertz=50,
+            has_memories=True,
         ),
     ]
     return {unit.name: unit for unit in found}

@@ -96,6 +96,7 @@ def test_unknown_units_and_targets_are_refused(tmp_path: Path) -> None:
     for arguments, expected in (
         (("synth", "dequantiser"), "did you mean 'dequantizer'"),
         (("synth", SMALL, "--target", "stratix"), "unknown target 'stratix'"),
+        (("synth", "accelerator", "--target", "asic", "--runs", tmp_path / "runs"), "which gates are not"),
         (("rtl", "bit_seril"), "did you mean 'bit_serial'"),
         (("rtl", SMALL, "--out", "/proc/x"), "cannot write"),
     ):
