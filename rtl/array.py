@@ -131,7 +131,7 @@ class Array(wiring.Component):
         exponents: of each column's group, with numerics ``shared_exponent``.
         channel_scales: FP32 of each row; they stay as they are until the tile has drained.
         column_scales: FP16 of each column, with codes as activations; likewise.
-        layer: ``LAYER``.
+        layer: ``LAYER``, from the cycle before the first term on.
         exchange: outputs of the tile change places with the write-back register.
         read_row: which row of the write-back register ``outputs`` shows.
         outputs: FP16 of each column.

@@ -35,7 +35,7 @@ from termwise.rtl.bit_serial import (
     weight_terms,
 )
 from termwise.rtl.decoders import ShiftedIntegerDecoder, shifted_integer_layout
-from termwise.rtl.processing_element import decode_half
+from termwise.rtl.processing_element import decode_half, delayed
 from termwise.rtl.term_generator import (
     MOST_BITS,
     SPECIAL_VALUE,
@@ -77,6 +77,11 @@ SCALE_PRODUCT_CYCLES = 4
 
 NARROW_TYPES = ("int4", "flint4", "int3", "flint3", "int2")
 WIDE_TYPES = ("int8", "flint8", "int5", "int6", "int7", "flint5", "flint6", "flint7")
+
+
+def _near(m: Module, layer: data.View) -> data.View:
+    """``layer`` a cycle later: it does not change while a layer runs, and comes a long way."""
+    return data.View(LAYER, delayed(m, layer.as_value(), 1, "layer"))
 
 
 class Datapath:
@@ -207,13 +212,14 @@ class BitSerialRowBorder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.generator = generator = self.generator
+        layer = _near(m, self.layer)
         m.d.comb += [
             generator.codes.eq(self.codes),
-            generator.type.eq(Mux(self.layer.typed_groups, self.group.selector, self.layer.type)),
+            generator.type.eq(Mux(layer.typed_groups, self.group.selector, layer.type)),
             generator.term.eq(self.term),
             generator.zero_point.eq(self.group.selector[:MOST_BITS]),
             generator.selector.eq(self.group.selector),
-            generator.special_values.eq(self.layer.special_values),
+            generator.special_values.eq(layer.special_values),
             self.weight.eq(generator.weight),
         ]
         return m
@@ -332,7 +338,7 @@ class CodeBorder(wiring.Component):
             m.d.sync += result.eq(normal_half(m, decode_half(m, word[:16])))
             return m
         m.submodules.decoder = decoder = self.datapath.decoder()
-        layer, bits = self.layer, self.datapath.bits
+        layer, bits = _near(m, self.layer), self.datapath.bits
         even, odd = word[:bits], word[bits:]
         kind = layer.type if self.weights else layer.activation_type
         if self.weights:

@@ -128,8 +128,8 @@ def _units() -> Mapping[str, Unit]:
         _block("float32_adder", "FP32 + FP32", Float32Adder),
         _block("float32_multiplier", "FP32 × FP32", Float32Multiplier),
         _four_by_four("bit_serial", "published numerics", BitSerialSpec(), 80),
-        _four_by_four("bit_serial_shared_exponent", "shared exponent", aligned, 120),
-        _four_by_four("outlier_victim", "codes of 4 bits on both sides", integers, 120, bits=4),
+        _four_by_four("bit_serial_shared_exponent", "shared exponent", aligned, 150),
+        _four_by_four("outlier_victim", "codes of 4 bits on both sides", integers, 150, bits=4),
         _four_by_four("fp16_mac", "FP16", Fp16MacSpec(), 40),
         Unit(
             name="accelerator",
