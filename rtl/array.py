@@ -205,7 +205,7 @@ class Array(wiring.Component):
 
         # PEs, dequantizers and chains; operands move on by a register from PE to PE.
         in_pes = [in_pe]
-        starts = [at_sum[0]]
+        starts = [before_sum]
         loads = [at_load[0]]
         for place in range(1, design.rows + design.columns - 1):
             in_pes.append(delayed(m, in_pes[-1], skew, f"term_at_{place}"))
@@ -266,7 +266,7 @@ class Array(wiring.Component):
         return m
 
     def _scale(self, m: Module, row: int, ends: Value, before_sum: Value, at_sum: Value) -> tuple[Value, Value]:
-        """A row's scale bit by bit from the cycle of the sum on, and what it sends along, from the cycle after.
+        """A row's scale bit by bit from the cycle before the sum on, and what it sends along, from the cycle after it.
 
         The group's word is held from the group's last term on, for the next group's may follow at once.
         """
@@ -277,11 +277,9 @@ class Array(wiring.Component):
         bit: Value = Const(0, 1)
         if path.scale_bits:
             shifting = Signal(path.scale_bits, name=f"scale_{row}")
-            with m.If(before_sum):
-                m.d.sync += shifting.eq(path.scale_significand(held))
-            with m.Else():
-                m.d.sync += shifting.eq(shifting << 1)
-            bit = shifting[-1]
+            from_here = Mux(before_sum, path.scale_significand(held), shifting)
+            m.d.sync += shifting.eq(from_here << 1)
+            bit = from_here[path.scale_bits - 1]
         if not path.row_bits:
             return bit, Const(0, 0)
         if not path.scale_bits:  # the chain loads in the cycle of the sum
@@ -304,18 +302,22 @@ class Array(wiring.Component):
             value = held
         return delayed(m, value, column * skew, f"group_exponent_{column}")
 
-    def _handed_over(self, m: Module, element: Any, start: Value, bit: Value, name: str) -> Value:
+    def _handed_over(self, m: Module, element: Any, next_start: Value, next_bit: Value, name: str) -> Value:
         """What a PE loads into the chain: its sum, or sum · scale, and the sum's exponent."""
         path = self.design.datapath
         sum_, exponent = path.sum(element)
         if not path.scale_bits:
             return Cat(sum_, exponent)
         m.submodules[f"dequantizer_{name}"] = dequantizer = Dequantizer(path.sum_bits, path.scale_bits)
-        m.d.comb += [dequantizer.sum.eq(sum_), dequantizer.start.eq(start), dequantizer.scale_bit.eq(bit)]
+        m.d.comb += [
+            dequantizer.sum.eq(sum_),
+            dequantizer.next_start.eq(next_start),
+            dequantizer.next_scale_bit.eq(next_bit),
+        ]
         if not path.sum_exponent_bits:
             return dequantizer.product
         held = Signal(path.sum_exponent_bits, name=f"exponent_{name}")
-        with m.If(start):
+        with m.If(delayed(m, next_start, 1, f"start_{name}")):
             m.d.sync += held.eq(exponent)
         return Cat(dequantizer.product, held)
 

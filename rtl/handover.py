@@ -12,13 +12,13 @@ class Dequantizer(wiring.Component):
 
     The product has all its bits: as many as the sum and the scale together. (The authors' RTL keeps 21 bits of 23.)
 
-    Latency: ``scale_bits`` cycles from ``start`` to the product, which is right in that one cycle. It takes a new sum
-    every ``scale_bits`` cycles, also in the one in which the last product is there.
+    Latency: ``scale_bits`` cycles from the cycle in which the sum is complete to the product, which is right in that
+    one cycle. It takes a new sum every ``scale_bits`` cycles, also in the one in which the last product is there.
 
     Ports:
-        sum: signed, ``sum_bits`` wide; read in the cycle of ``start``.
-        start: the sum is complete in this cycle.
-        scale_bit: a bit of the scale, the most significant one in the cycle of ``start``, then the others.
+        next_start: the sum is complete in the next cycle. (It is kept here: it goes to all PEs and would be late.)
+        next_scale_bit: a bit of the scale, the most significant one with ``next_start``, then the others.
+        sum: signed, ``sum_bits`` wide; read in the cycle in which it is complete.
         product: signed, ``sum_bits + scale_bits`` wide.
     """
 
@@ -27,8 +27,8 @@ class Dequantizer(wiring.Component):
         super().__init__(
             {
                 "sum": In(signed(sum_bits)),
-                "start": In(1),
-                "scale_bit": In(1),
+                "next_start": In(1),
+                "next_scale_bit": In(1),
                 "product": Out(signed(sum_bits + scale_bits)),
             }
         )
@@ -37,10 +37,12 @@ class Dequantizer(wiring.Component):
         m = Module()
         held = Signal.like(self.sum)
         addend = Signal.like(self.sum)
-        with m.If(self.start):
+        start, scale_bit = Signal(), Signal()
+        m.d.sync += [start.eq(self.next_start), scale_bit.eq(self.next_scale_bit)]
+        with m.If(start):
             m.d.sync += held.eq(self.sum)
-        m.d.comb += addend.eq(Mux(self.scale_bit, Mux(self.start, self.sum, held), 0))
-        m.d.sync += self.product.eq(Mux(self.start, 0, self.product << 1) + addend)
+        m.d.comb += addend.eq(Mux(scale_bit, Mux(start, self.sum, held), 0))
+        m.d.sync += self.product.eq(Mux(start, 0, self.product << 1) + addend)
         return m
 
 

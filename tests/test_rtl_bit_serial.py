@@ -154,10 +154,11 @@ def test_the_dequantizer_keeps_every_bit_and_takes_groups_without_a_pause(scale_
     start = np.arange(cycles) % scale_bits == 0
     bits = [int(scale) >> place & 1 for scale in scales for place in reversed(range(scale_bits))] + [0] * scale_bits
     held = np.zeros(cycles, dtype=np.int64)
-    held[: len(sums) * scale_bits : scale_bits] = sums  # it looks at the sum in the cycle of the start alone
-    products = CompiledModel(component).run({"sum": held, "start": start.astype(int), "scale_bit": bits})["product"]
+    held[: len(sums) * scale_bits : scale_bits] = sums  # it looks at the sum in the cycle after next_start alone
+    ports = {"sum": [0, *held], "next_start": [*start, 0], "next_scale_bit": [*bits, 0]}
+    products = CompiledModel(component).run(ports)["product"]
     assert component.latency == scale_bits
-    assert products[scale_bits::scale_bits].tolist() == (sums * scales).tolist()
+    assert products[scale_bits + 1 :: scale_bits].tolist() == (sums * scales).tolist()
     assert component.product.shape().width == 15 + scale_bits  # 23 bits with a scale of 8, where the RTL keeps 21
 
 
