@@ -58,29 +58,36 @@ class AcceleratorDesign:
         """Its memories, and how they are filled."""
         array, path = self.array, self.array.datapath
         weights = MemoryDesign(
-            step_bits=array.rows * path.weight_bits,
-            group_bits=array.rows * GROUP_WORD.size,
-            panel_bits=array.rows * 32 * path.parts.channel_scales,
+            rows=array.rows,
+            step_bits=path.weight_bits,
+            group_bits=GROUP_WORD.size,
+            panel_bits=32 * path.parts.channel_scales,
             steps=self.weight_words,
             groups=self.group_words,
             panels=self.panels,
         )
         activations = MemoryDesign(
-            step_bits=array.columns * path.activation_bits,
-            group_bits=array.columns * HALF_EXPONENT_BITS * path.group_exponents,
-            panel_bits=array.columns * 16 * path.column_scales,
+            rows=array.columns,
+            step_bits=path.activation_bits,
+            group_bits=HALF_EXPONENT_BITS * path.group_exponents,
+            panel_bits=16 * path.column_scales,
             steps=self.activation_words,
             groups=self.group_words,
             panels=self.panels,
         )
-        halves = 0 if path.column_scales else array.columns * path.lanes
         return LoaderDesign(
-            weights=OperandDesign(memory=weights, steps_per_word=path.weight_steps),
+            weights=OperandDesign(
+                memory=weights,
+                codes=path.lanes * path.weight_steps,
+                code_widths=path.weight_widths,
+                steps_per_word=path.weight_steps,
+            ),
             activations=OperandDesign(
                 memory=activations,
+                codes=path.lanes * path.activation_steps,
+                code_widths=path.activation_widths,
                 steps_per_word=path.activation_steps,
-                halves=halves,
-                columns=array.columns,
+                halves=not path.column_scales,
                 finds_exponents=path.group_exponents,
             ),
             beat_bits=BEAT_BITS,
@@ -149,6 +156,7 @@ class Accelerator(wiring.Component):
         ]
         for operand, memory_design in (("weights", weights.memory), ("activations", activations.memory)):
             m.submodules[f"{operand}_memory"] = memory = OperandMemory(memory_design)
+            m.d.comb += memory.row.eq(getattr(loader, operand).row)
             for kind in memory_design.kinds:
                 for name in (f"{kind}_write", f"{kind}_write_at", f"{kind}_data"):
                     m.d.comb += getattr(memory, name).eq(getattr(getattr(loader, operand), name))
@@ -158,11 +166,7 @@ class Accelerator(wiring.Component):
                 getattr(sequencer, f"{operand}_arrived").eq(getattr(loader, f"{operand}_arrived")),
                 getattr(loader, f"{operand}_released").eq(getattr(sequencer, f"{operand}_released")),
             ]
-            ports = {
-                "weights": ("weights", "groups", "channel_scales"),
-                "activations": ("activations", "exponents", "column_scales"),
-            }
-            for kind, port in zip(("step", "group", "panel"), ports[operand], strict=True):
+            for kind, port in zip(("step", "group", "panel"), ARRAY_PORTS[operand], strict=True):
                 if kind in memory_design.kinds:
                     m.d.comb += getattr(array, port).eq(getattr(memory, kind))
         layer_words = [getattr(registers, name) for name in registers.signature.members if name.startswith("layer_")]

@@ -96,6 +96,7 @@ class Datapath:
         column_scales: whether a column has a scale of its own, FP16.
         group_exponents: whether activations are aligned to the largest exponent of their group.
         weight_steps, activation_steps: steps of a word in the operand memories: 2 where codes come in pairs.
+        weight_widths, activation_widths: bits that a packed code may have; in a word each has the widest.
         types: of weights that its decoder knows; none where weights are FP16.
         parts: of the column accumulator.
         timing: of the pipeline.
@@ -112,6 +113,8 @@ class Datapath:
     group_exponents: bool = False
     weight_steps: int = 1
     activation_steps: int = 1
+    weight_widths: tuple[int, ...] = (16,)
+    activation_widths: tuple[int, ...] = (16,)
     types: tuple[Any, ...] = ()
     parts: AccumulatorParts
     timing: PipelineTiming
@@ -147,7 +150,8 @@ class BitSerialDatapath(Datapath):
     def __init__(self, spec: BitSerialSpec, scale: ScaleKind, group_inputs: int, types: tuple[WeightType, ...]) -> None:
         self.spec, self.scale, self.types = spec, scale, types
         self.lanes = spec.lanes
-        self.generator_bits = max(entry.bits for entry in types)
+        self.weight_widths = tuple(sorted({entry.bits for entry in types}))
+        self.generator_bits = max(self.weight_widths)
         self.weight_bits, self.activation_bits = self.generator_bits * spec.lanes, 16 * spec.lanes
         numerator = max(self._largest_numerator(entry) for entry in types)
         self.significand_bits = least_sum_bits(spec, numerator, group_inputs)
@@ -270,6 +274,11 @@ class BitParallelDatapath(Datapath):
             raise InputError(f"a {spec.kind} PE of {spec.lanes} lanes; expected 1")
         names = NARROW_TYPES if bits == 4 else WIDE_TYPES
         self.types = () if self.halves else tuple(get_datatype(name) for name in names)
+        widths = tuple(sorted({datatype.bits for datatype in self.types}))
+        if not self.halves:
+            self.weight_widths = widths
+        if self.integers:
+            self.activation_widths = widths
         # A code comes with its neighbour: the pair.
         self.weight_bits = 16 if self.halves else 2 * bits
         self.activation_bits = 2 * bits if self.integers else 16

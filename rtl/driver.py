@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.quantize import QuantizedTensor
 from termwise.rtl.accelerator import BEAT_BITS, AcceleratorDesign
 from termwise.rtl.layer_image import LayerImage, layer_image
-from termwise.rtl.program import PROGRAM, Allocation
+from termwise.rtl.loader import OperandDesign
+from termwise.rtl.program import PACKED, PROGRAM, Allocation
 from termwise.rtl.registers import ERRORS, IDENTITY, OFFSETS, WORD_BITS
 from termwise.rtl.sequencer import CAUSES
 
@@ -91,10 +92,11 @@ def plan(design: AcceleratorDesign, image: LayerImage) -> Schedule:
             and (panels <= memory.panels // share or not memory.panel_bits)
         )
 
-    unit = image.group_steps if whole_groups else 2
+    # From multiples of 8 steps on, every chunk begins with a byte of the packed rows.
     chunk = next(
         (
             steps_
+            for unit in ((image.group_steps,) if whole_groups else (8, 2))
             for steps_ in range(image.row_steps, 0, -1)
             if (steps_ % unit == 0 or steps_ == image.row_steps)
             and all(fits(operand, steps_, 1, 2) for operand in steps)
@@ -145,7 +147,7 @@ def program_fields(design: AcceleratorDesign, image: LayerImage, schedule: Sched
         "row_tiles": image.row_tiles,
         "column_tiles": image.column_tiles,
         "row_steps": image.row_steps,
-        "group_steps": image.group_steps,
+        "group_steps": min(image.group_steps, image.row_steps),
         "chunk_steps": schedule.chunk_steps,
         "panels_per_block": schedule.panels_per_block,
         "last_rows": image.outputs - (image.row_tiles - 1) * design.array.rows,
@@ -154,7 +156,20 @@ def program_fields(design: AcceleratorDesign, image: LayerImage, schedule: Sched
         "weights_stationary": int(schedule.weights_stationary),
         "weight_allocation": int(schedule.weight_allocation),
         "activation_allocation": int(schedule.activation_allocation),
+        **_packed_fields(image, "weight", image.weight_code_bits, design.loader.weights),
+        **_packed_fields(image, "activation", image.activation_code_bits, design.loader.activations),
     }
+
+
+def _packed_fields(image: LayerImage, operand: str, bits: int, design: OperandDesign) -> dict[str, int]:
+    """``PACKED`` of an operand."""
+    codes = design.codes
+    last_of_group, last_of_row = codes, (image.inputs - 1) % codes + 1
+    if design.steps_per_word == 1:  # a group ends with a word of its own
+        last_of_group = (image.group_inputs - 1) % codes + 1
+        last_of_row = ((image.inputs - 1) % image.group_inputs) % codes + 1
+    sizes = (1, codes, last_of_group, last_of_row)
+    return {f"{operand}_{name}": bits * size for name, size in zip(PACKED, sizes, strict=True)}
 
 
 def tiles_in_order(image: LayerImage, schedule: Schedule) -> Iterator[tuple[int, int, int, int, int]]:
@@ -169,60 +184,53 @@ def tiles_in_order(image: LayerImage, schedule: Schedule) -> Iterator[tuple[int,
                 yield *tiles, place, panel, block
 
 
-def _beats(bits: NDArray[np.uint8]) -> Beats:
-    """Words of bits [words, bits] as beats [words, beats]."""
-    padding = -bits.shape[-1] % BEAT_BITS
-    padded = np.pad(bits, ((0, 0), (0, padding)))
-    return np.packbits(padded, axis=-1, bitorder="little").view("<u4")
+def _columns_of_beats(values: NDArray[Any]) -> Beats:
+    """[rows, values of up to 32 bits] as [rows, beats], a value each."""
+    return values.view(f"<u{values.dtype.itemsize}").astype(np.uint32)
 
 
-def _bits(values: NDArray[np.unsignedinteger], bits: int) -> NDArray[np.uint8]:
-    """Whole numbers [words, values] as bits [words, values · bits]."""
-    places = np.arange(bits, dtype=np.uint64)
-    return (values.astype(np.uint64)[..., None] >> places & np.uint64(1)).astype(np.uint8).reshape(len(values), -1)
+def _packed_part(rows: NDArray[np.uint8], first_bit: int, last_bit: int) -> Beats:
+    """The bits from the first to before the last one of packed ``rows`` [rows, bytes], as [rows, beats]."""
+    if first_bit % 8:
+        bits = np.unpackbits(rows, axis=1, bitorder="little")[:, first_bit:last_bit]
+        part = np.packbits(bits, axis=1, bitorder="little")
+    else:
+        part = rows[:, first_bit // 8 : -(-last_bit // 8)]
+    padded = np.pad(part, ((0, 0), (0, -part.shape[1] % (BEAT_BITS // 8))))
+    return np.ascontiguousarray(padded).view("<u4")
 
 
 def operand_beats(design: AcceleratorDesign, image: LayerImage, schedule: Schedule) -> list[Beats]:
     """The operands in the order in which the loader asks for them."""
-    loader, path = design.loader, design.array.datapath
-    words = {
-        "weights": [_beats(tile) for tile in image.weights],
-        "activations": [_beats(tile) for tile in image.activations],
-    }
-    groups = [_beats(_bits(tile, 24)) for tile in image.groups]
-    panels = {
-        "weights": _beats(_bits(image.channel_scales.view(np.uint32), 32)) if path.parts.channel_scales else None,
-        "activations": _beats(_bits(image.column_scales.view(np.uint16), 16)) if path.column_scales else None,
-    }
+    path = design.array.datapath
     found: list[Beats] = []
     for row_tile, column_tile, place, panel, block in tiles_in_order(image, schedule):
         for begin in range(0, image.row_steps, schedule.chunk_steps):
             end = min(begin + schedule.chunk_steps, image.row_steps)
+            codes = [image.codes_before(step) for step in (begin, end)]
             for operand in ("weights", "activations"):
                 is_weights = operand == "weights"
-                tile = row_tile if is_weights else column_tile
                 allocation = schedule.weight_allocation if is_weights else schedule.activation_allocation
                 first_visit = panel == 0 if is_weights == schedule.weights_stationary else place == 0
                 if allocation == Allocation.RESIDENT and is_weights != schedule.weights_stationary:
                     first_visit = first_visit and block == 0
                 if not first_visit and allocation != Allocation.CHUNKS:
                     continue
-                own = panels[operand]
-                if own is not None and begin == 0:
-                    found.append(own[tile])
-                each = (loader.weights if is_weights else loader.activations).steps_per_word
-                word = words[operand][tile]
-                if not is_weights:
-                    found.append(word[-(-begin // each) : -(-end // each)].ravel())
-                    continue
-                for step in range(begin, end):
-                    if step % image.group_steps == 0:
-                        found.append(groups[tile][step // image.group_steps])
-                        last = min(step + image.group_steps, end)
-                        found.append(word[step // each : -(-last // each)].ravel())
-                    elif step == begin:
-                        last = min(-(-step // image.group_steps) * image.group_steps, end)
-                        found.append(word[step // each : -(-last // each)].ravel())
+                parts = []
+                if is_weights:
+                    rows = slice(row_tile * image.rows, (row_tile + 1) * image.rows)
+                    if path.parts.channel_scales and begin == 0:
+                        parts.append(_columns_of_beats(image.channel_scales[rows, None]))
+                    groups = slice(-(-begin // image.group_steps), -(-end // image.group_steps))
+                    parts.append(_columns_of_beats(image.groups[rows, groups]))
+                    bits, packed = image.weight_code_bits, image.weights[rows]
+                else:
+                    rows = slice(column_tile * image.columns, (column_tile + 1) * image.columns)
+                    if path.column_scales and begin == 0:
+                        parts.append(_columns_of_beats(image.column_scales[rows, None]))
+                    bits, packed = image.activation_code_bits, image.activations[rows]
+                parts.append(_packed_part(packed, codes[0] * bits, codes[1] * bits))
+                found.append(np.concatenate(parts, axis=1).ravel())
     return found
 
 

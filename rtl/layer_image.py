@@ -1,13 +1,11 @@
-"""A layer as an array takes it: the words of its operand memories, in order, and what stays the same for a layer.
+"""A layer as an accelerator takes it: packed rows as a ``QuantizedTensor`` holds them, words of groups, constants.
 
-The words are made from the codes, scales and choices of a ``QuantizedTensor``; nothing is computed here that hardware
-decodes.
+Nothing is computed here that hardware decodes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,47 +23,70 @@ from termwise.rtl.borders import LAYER, BitParallelDatapath, BitSerialDatapath
 from termwise.rtl.decoders import abfloat_fields
 from termwise.rtl.term_generator import SPECIAL_VALUE, WeightType, special_code, special_value_bits
 
-Bits = NDArray[np.uint8]
+Packed = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerImage:
-    """A layer cut into the tiles of an array.
+    """A layer for the tiles of an array.
 
     Attributes:
+        rows, columns, lanes: of the array.
         outputs, tokens, inputs: of the product.
-        row_steps: steps of a row. group_steps: of a group; the last one of a row may be shorter.
+        group_inputs: of a group.
         terms: of a step.
-        weights: bits [row tiles, words of a row, rows · bits], 0 or 1.
-        groups: uint32 [row tiles, groups, rows]: ``GROUP_WORD``.
-        channel_scales: FP32 [row tiles, rows].
-        activations: bits [column tiles, words of a row, columns · bits].
-        column_scales: FP16 [column tiles, columns]; 1 where there are none.
+        weights: uint8 [outputs, bytes of a row], packed.
+        weight_code_bits: of a packed code.
+        groups: uint32 [outputs, groups]: ``GROUP_WORD``.
+        channel_scales: FP32 [outputs].
+        activations: uint8 [tokens, bytes of a row], packed.
+        activation_code_bits: of a packed code; 16 of FP16 numbers.
+        column_scales: FP16 [tokens]; 1 where there are none.
         layer: the bits of ``LAYER``.
     """
 
+    rows: int
+    columns: int
+    lanes: int
     outputs: int
     tokens: int
     inputs: int
-    row_steps: int
-    group_steps: int
+    group_inputs: int
     terms: int
-    weights: Bits
+    weights: Packed
+    weight_code_bits: int
     groups: NDArray[np.uint32]
     channel_scales: NDArray[np.float32]
-    activations: Bits
+    activations: Packed
+    activation_code_bits: int
     column_scales: NDArray[np.float16]
     layer: int
 
     @property
     def row_tiles(self) -> int:
         """Tiles along the outputs."""
-        return int(self.weights.shape[0])
+        return -(-self.outputs // self.rows)
 
     @property
     def column_tiles(self) -> int:
         """Tiles along the tokens."""
-        return int(self.activations.shape[0])
+        return -(-self.tokens // self.columns)
+
+    @property
+    def group_steps(self) -> int:
+        """Steps of a group, which ends with a step of its own; the last one of a row may be shorter."""
+        return -(-self.group_inputs // self.lanes)
+
+    @property
+    def row_steps(self) -> int:
+        """Steps of a row."""
+        whole, rest = divmod(self.inputs, self.group_inputs)
+        return whole * self.group_steps + -(-rest // self.lanes)
+
+    def codes_before(self, step: int) -> int:
+        """Codes of a row before a step."""
+        group, inside = divmod(step, self.group_steps)
+        return min(group * self.group_inputs + inside * self.lanes, self.inputs)
 
 
 def layer_image(
@@ -82,19 +103,18 @@ def layer_image(
     tokens = activations.shape[0]
     if activations.shape[1] != inputs:
         raise InputError(f"activations of {activations.shape[1]} inputs; expected {inputs}")
-    lanes = path.lanes
     if isinstance(path, BitSerialDatapath):
         assert isinstance(spec, BitSerialSpec)
         layer, groups, channel, group_inputs = _bit_serial(design, path, tensor)
-        codes, bits = tensor.codes, path.generator_bits
+        weights, bits = tensor.parts["codes"], tensor.format.weight_bits
     elif isinstance(spec, Fp16MacSpec):
         layer, group_inputs = {}, inputs
         groups, channel = np.zeros((outputs, 1), np.uint32), np.ones(outputs, np.float32)
-        codes, bits = half_weights(tensor).view(np.uint16), 16
+        weights, bits = half_weights(tensor).view(np.uint8), 16
     else:
         assert isinstance(path, BitParallelDatapath)
         layer, groups, channel, group_inputs = _bit_parallel(path, tensor)
-        codes, bits = tensor.codes, path.bits
+        weights, bits = tensor.parts["codes"], tensor.format.weight_bits
     if isinstance(activations, QuantizedTensor) != path.column_scales:
         raise InputError(f"an array of {spec.kind} PEs takes {'codes' if path.column_scales else 'FP16 numbers'}")
     column_scales = np.ones(tokens, np.float16)
@@ -108,52 +128,29 @@ def layer_image(
         if chosen.pop("typed_groups", 0):
             chosen["type"] = int(types[0])
         layer |= {f"activation_{name}": value for name, value in chosen.items() if name in ("type", "paired", "bias")}
-        values, value_bits = activations.codes, path.bits
+        values, value_bits = activations.parts["codes"], activations.format.weight_bits
     else:
         if not np.isfinite(activations).all():
             raise InputError("NaN or infinite activations; expected finite ones")
-        values, value_bits = activations.view(np.uint16), 16
-    # A group ends with a step of its own.
-    group_steps, row_steps = -(-group_inputs // lanes), 0
-    columns: list[int] = []
-    for first in range(0, inputs, group_inputs):
-        own = list(range(first, min(first + group_inputs, inputs)))
-        columns += own + [-1] * (-len(own) % lanes)
-    row_steps = len(columns) // lanes
-    weight_values = path.weight_bits // bits
-    activation_values = path.activation_bits // value_bits
+        values, value_bits = np.ascontiguousarray(activations).view(np.uint8), 16
     return LayerImage(
+        rows=design.rows,
+        columns=design.columns,
+        lanes=path.lanes,
         outputs=outputs,
         tokens=tokens,
         inputs=inputs,
-        row_steps=row_steps,
-        group_steps=min(group_steps, row_steps),
+        group_inputs=group_inputs,
         terms=terms,
-        weights=_words(codes, columns, weight_values, bits, design.rows),
-        groups=_tiles(groups, design.rows).transpose(0, 2, 1),
-        channel_scales=_tiles(channel[:, None], design.rows, fill=1)[:, :, 0],
-        activations=_words(values, columns, activation_values, value_bits, design.columns),
-        column_scales=_tiles(column_scales[:, None], design.columns, fill=1)[:, :, 0],
+        weights=weights.astype(np.uint8, copy=False),
+        weight_code_bits=bits,
+        groups=groups,
+        channel_scales=channel,
+        activations=values.astype(np.uint8, copy=False),
+        activation_code_bits=value_bits,
+        column_scales=column_scales,
         layer=int(LAYER.const(layer).as_bits()),
     )
-
-
-def _tiles(values: NDArray[Any], size: int, fill: int = 0) -> NDArray[Any]:
-    """[rows, …] cut into [tiles, size, …], the last one filled up."""
-    missing = -len(values) % size
-    padded = np.concatenate([values, np.full((missing, *values.shape[1:]), fill, values.dtype)])
-    return padded.reshape(-1, size, *values.shape[1:])
-
-
-def _words(codes: NDArray[np.unsignedinteger], columns: list[int], each: int, bits: int, size: int) -> Bits:
-    """Bits [tiles, words, size · each · bits] of ``codes`` [rows, inputs]; -1 in ``columns`` is a zero."""
-    extended = np.concatenate([codes, np.zeros((len(codes), 1), codes.dtype)], axis=1)
-    order = np.array(columns + [-1] * (-len(columns) % each))
-    tiles = _tiles(extended[:, order], size)
-    words = tiles.reshape(len(tiles), size, -1, each).transpose(0, 2, 1, 3)
-    places = np.arange(bits, dtype=np.uint32)
-    found = (words[..., None].astype(np.uint32) >> places & 1).astype(np.uint8)
-    return found.reshape(len(tiles), words.shape[1], -1)
 
 
 def _bit_serial(

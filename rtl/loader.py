@@ -1,25 +1,25 @@
-"""The loader: the words of a layer's chunks, from a stream, into the operand memories.
+"""The loader: the rows of a layer's chunks, from a stream, into the operand memories.
 
 The stream brings the chunks in the order of the program, for each first its weights, then its activations, as far as
-they are not there yet. Weights of a chunk: with the first chunk of a row the channel scales (FP32 of each row); before
-each group that begins its word (``GROUP_WORD`` of each row); the words of the steps. Activations of a chunk: with the
-first chunk of a row the scales of the columns, where activations are codes; the words of the steps. Every word begins
-in a beat of its own, its first bit the lowest.
+they are not there yet; of either operand row after row (the activations of a token are a row), as many as the tile has.
+A row's part of a chunk: with the first chunk of a row its panel word, the channel scale (FP32), or the scale of
+activations that are codes (FP16); of weights the words (``GROUP_WORD``) of the groups that begin in the chunk; its
+codes, packed as ``termwise.algorithms.packing`` packs rows. Each of these words, and the codes, begin in a beat of
+their own.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
 from termwise.rtl.operand_memory import MemoryDesign, Pointers
-from termwise.rtl.program import COUNT_BITS, PROGRAM, Allocation, Use, Walker, is_last
+from termwise.rtl.program import COUNT_BITS, PACKED, PACKED_BITS, PROGRAM, Allocation, Use, Walker, is_last
 
 
 class LoadError(enum.IntEnum):
@@ -32,7 +32,7 @@ class LoadError(enum.IntEnum):
     """An activation that is infinite or no number."""
 
 
-Write = Callable[[str, Value], None]
+_ONE = Const(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,40 +41,111 @@ class OperandDesign:
 
     Attributes:
         memory: where it goes.
+        codes: of a word of a row: those of the lanes, or a pair.
+        code_widths: bits of a packed code; a word of the memory has fields of the widest.
         steps_per_word: 2 where codes come in pairs.
-        halves: FP16 numbers of a step, which are checked; 0 where there are codes.
-        columns: of FP16 numbers.
-        finds_exponents: the group words are the largest exponents of each group and column, found on the way;
-            else they come from the stream.
+        halves: whether codes are FP16 numbers, which are checked.
+        finds_exponents: the group words are the largest exponents of each group, found on the way; else they come
+            from the stream.
     """
 
     memory: MemoryDesign
+    codes: int
+    code_widths: tuple[int, ...]
     steps_per_word: int = 1
-    halves: int = 0
-    columns: int = 1
+    halves: bool = False
     finds_exponents: bool = False
 
 
 def write_members(design: MemoryDesign) -> dict[str, wiring.Member]:
     """Ports that write into an operand memory."""
-    found: dict[str, wiring.Member] = {}
+    found: dict[str, wiring.Member] = {"row": Out(range(design.rows))}
     for kind, (width, depth) in design.kinds.items():
         found |= {f"{kind}_write": Out(1), f"{kind}_write_at": Out(range(depth)), f"{kind}_data": Out(width)}
     return found
 
 
-class OperandLoader(wiring.Component):
-    """The words of one operand's part of a chunk, from beats into its memory.
+class Unpacker(wiring.Component):
+    """Cuts beats into words of codes.
 
-    Takes a beat per cycle from the cycle after ``begin`` on. ``ready`` does not wait for ``valid``.
+    A word comes at the earliest in the cycle after the beat of its last bit; one word and one beat per cycle. ``ready``
+    does not wait for ``valid``, and no beat is taken without a bit of the words that are wanted.
 
     Ports:
-        begin: a chunk begins, with ``chunk_first``, ``steps``, ``advances`` and ``half``, which stay until it ends.
-        group_steps, resident: of the program.
+        wants: there is a word to come, of ``word_bits`` bits; ``last``: no other one after it, else one of
+            ``next_bits`` bits. All stay until it has come.
+        code_bits: of a code.
+        stream: beats.
+        valid, word: the codes of a word in the cycle in which it comes, in fields of the widest; zeros above.
+        reset: nothing is kept.
+    """
+
+    def __init__(self, codes: int, code_widths: tuple[int, ...], beat_bits: int) -> None:
+        self.codes, self.code_widths = codes, code_widths
+        self.field_bits = max(code_widths)
+        super().__init__(
+            {
+                "wants": In(1),
+                "last": In(1),
+                "word_bits": In(PACKED_BITS),
+                "next_bits": In(PACKED_BITS),
+                "code_bits": In(PACKED_BITS),
+                "reset": In(1),
+                "stream": In(stream.Signature(beat_bits)),
+                "valid": Out(1),
+                "word": Out(codes * self.field_bits),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        beat_bits = len(self.stream.payload)
+        most = self.codes * self.field_bits
+        window = Signal(most + beat_bits)
+        count = Signal(range(len(window) + 1))
+        # Bits that are left once a word has gone; a beat comes behind them.
+        taken = Signal(range(len(window) + 1))
+        left = Signal(len(window))
+        behind = Signal(range(len(window) + 1))
+        m.d.comb += [
+            self.valid.eq(self.wants & (count >= self.word_bits)),
+            taken.eq(Mux(self.valid, self.word_bits, 0)),
+            left.eq(window >> taken),
+            behind.eq(count - taken),
+            self.stream.ready.eq(self.wants & (~self.valid | (~self.last & (behind < self.next_bits)))),
+        ]
+        arrives = self.stream.valid & self.stream.ready
+        m.d.sync += [
+            window.eq(Mux(arrives, left | (self.stream.payload << behind)[: len(window)], left)),
+            count.eq(behind + Mux(arrives, beat_bits, 0)),
+        ]
+        with m.If((self.valid & self.last) | self.reset):
+            m.d.sync += [window.eq(0), count.eq(0)]
+        # Codes that are no part of the word are zeros.
+        kept = Signal(most)
+        m.d.comb += kept.eq(window[:most] & ~((Const(-1, most) << self.word_bits)[:most]))
+        with m.Switch(self.code_bits):
+            for width in self.code_widths:
+                with m.Case(width):
+                    for place in range(self.codes):
+                        field = self.word.word_select(place, self.field_bits)
+                        m.d.comb += field.eq(kept[place * width : (place + 1) * width])
+        return m
+
+
+class OperandLoader(wiring.Component):
+    """One operand's part of a chunk, from beats into its memory, row after row.
+
+    Takes a beat or writes a word per cycle from the cycle after ``begin`` on, with a cycle between two rows.
+
+    Ports:
+        begin: a chunk begins, with ``chunk_first``, ``chunk_last`` (of a row), ``steps``, ``rows``, ``advances`` and
+            ``half``, which stay until it ends.
+        group_steps, code_bits, word_bits, group_bits, row_bits, resident: of the program.
         stream: beats.
         memory: to the operand memory.
-        ends: in the cycle of the last beat.
-        error: ``LoadError`` in the cycle of a beat.
+        ends: in the cycle of the last word.
+        error: ``LoadError`` in the cycle of a word.
     """
 
     def __init__(self, design: OperandDesign, beat_bits: int) -> None:
@@ -83,10 +154,13 @@ class OperandLoader(wiring.Component):
             {
                 "begin": In(1),
                 "chunk_first": In(1),
+                "chunk_last": In(1),
                 "steps": In(COUNT_BITS),
+                "rows": In(COUNT_BITS),
                 "advances": In(1),
                 "half": In(1),
                 "group_steps": In(COUNT_BITS),
+                **{name: In(PACKED_BITS) for name in PACKED},
                 "resident": In(1),
                 "stream": In(stream.Signature(beat_bits)),
                 "memory": Out(wiring.Signature(write_members(design.memory))),
@@ -99,133 +173,140 @@ class OperandLoader(wiring.Component):
         m = Module()
         design = self.design
         kinds = design.memory.kinds
-        from_stream = [kind for kind in kinds if kind != "group" or not design.finds_exponents]
-        beats = {kind: -(-kinds[kind][0] // self.beat_bits) for kind in from_stream}
-        # Beats gather in a register, the newest at the top.
-        gathered = Signal(max(beats.values()) * self.beat_bits)
-        beats_left = Signal(range(max(beats.values()) + 1))
-        takes, whole = Signal(), Signal()
-        together = Cat(gathered, self.stream.payload)
-        m.d.comb += [takes.eq(self.stream.valid & self.stream.ready), whole.eq(takes & (beats_left == 1))]
-        with m.If(takes):
-            m.d.sync += [gathered.eq(together[self.beat_bits :]), beats_left.eq(beats_left - 1)]
-
+        groups_come = "group" in kinds and not design.finds_exponents
+        m.submodules.unpacker = unpacker = Unpacker(design.codes, design.code_widths, self.beat_bits)
         pointers = Pointers(m, design.memory, "write")
-        moves = {kind: Signal(name=f"{kind}_moves") for kind in kinds}
-        pointers.move(**moves)
+        place = {kind: Signal.like(pointers.next[kind], name=f"{kind}_place") for kind in kinds}
+        row = Signal(COUNT_BITS)
+        # Steps of the row that are left; of the group; of the group in which the chunk began; steps after it.
         steps_left, group_left = Signal(COUNT_BITS + 1), Signal(COUNT_BITS + 1)
-        group_ends = Signal()
-        m.d.comb += group_ends.eq(group_left <= design.steps_per_word)
+        group_begun, begins_left = Signal(COUNT_BITS + 1), Signal(signed(COUNT_BITS + 2))
+        row_ends = Signal()
+        beat_taken = Signal()
+        # Steps of the group that are left from this word on, and after it. Where there are none, another one begins.
+        begun, left = Signal(COUNT_BITS + 1), Signal(COUNT_BITS + 1)
+        each = design.steps_per_word
+        moves = {kind: Signal(name=f"{kind}_moves") for kind in kinds}
 
-        def expect(kind: str) -> None:
-            m.d.sync += beats_left.eq(beats[kind])
-            m.next = kind.upper()
+        def bits_of(steps: Value, group: Value) -> Value:
+            """Bits of a word from which on so many steps of the row and of the group are left."""
+            in_group = Mux(group <= each, self.group_bits, self.word_bits)
+            return Mux((steps <= each) & self.chunk_last, self.row_bits, in_group)
 
-        def expect_after_panel(group_due: Value) -> None:
-            """The word of a group that begins, or that of a step."""
-            if "group" in from_stream:
-                with m.If(group_due):
-                    expect("group")
-                with m.Else():
-                    expect("step")
-            else:
-                expect("step")
+        m.d.comb += [
+            self.memory.row.eq(row),
+            beat_taken.eq(self.stream.valid & self.stream.ready),
+            row_ends.eq(steps_left <= each),
+            begun.eq(Mux(group_left == 0, self.group_steps, group_left)),
+            left.eq(Mux(begun >= each, begun - each, self.group_steps + begun - each)),
+            unpacker.stream.payload.eq(self.stream.payload),
+            unpacker.code_bits.eq(self.code_bits),
+            unpacker.last.eq(row_ends),
+            unpacker.word_bits.eq(bits_of(steps_left, begun)),
+            unpacker.next_bits.eq(bits_of(steps_left - each, Mux(left == 0, self.group_steps, left))),
+            unpacker.reset.eq(self.begin),
+        ]
 
-        def write(kind: str, content: Value) -> None:
-            """A word goes to the pointer of its kind, if it fits into its half."""
+        for kind in kinds:
+            m.d.sync += place[kind].eq(place[kind] + moves[kind])
+
+        def write(kind: str, content: Value, moves_on: Value = _ONE) -> None:
+            """A word goes to the place of its kind, if it fits into its half."""
             _, depth = kinds[kind]
-            at = pointers.at[kind]
+            at = place[kind]
             m.d.comb += [
                 getattr(self.memory, f"{kind}_write").eq(1),
                 getattr(self.memory, f"{kind}_write_at").eq(at),
                 getattr(self.memory, f"{kind}_data").eq(content),
+                moves[kind].eq(moves_on),
             ]
             in_half = (at >= depth // 2) == self.half
             with m.If((at >= depth) | (~self.resident & ~in_half)):
                 m.d.comb += self.error.eq(LoadError.MEMORY)
 
-        def word(kind: str) -> Value:
-            """The word whose last beat is at the port."""
-            before = (beats[kind] - 1) * self.beat_bits
-            return Cat(gathered[len(gathered) - before :], self.stream.payload)[: kinds[kind][0]]
+        def next_group_or_codes(left: Value) -> None:
+            if groups_come:
+                with m.If(left > 0):
+                    m.next = "GROUP"
+                with m.Else():
+                    m.next = "CODES"
+            else:
+                m.next = "CODES"
 
         with m.FSM():
             with m.State("IDLE"), m.If(self.begin):
                 pointers.begin_write(self.advances & ~self.resident, self.half)
-                m.d.sync += steps_left.eq(self.steps)
+                pointers.move(**{kind: Const(0) for kind in kinds})
+                m.d.sync += row.eq(0)
                 with m.If(self.chunk_first):
-                    m.d.sync += group_left.eq(0)
+                    m.d.sync += group_begun.eq(0)
+                m.next = "ROW"
+            with m.State("ROW"):
+                for kind in kinds:
+                    m.d.sync += place[kind].eq(pointers.next[kind])
+                m.d.sync += [
+                    steps_left.eq(self.steps),
+                    group_left.eq(group_begun),
+                    begins_left.eq(self.steps - group_begun),
+                ]
                 if "panel" in kinds:
                     with m.If(self.chunk_first):
-                        expect("panel")
+                        m.next = "PANEL"
                     with m.Else():
-                        expect_after_panel(group_left == 0)
+                        next_group_or_codes(self.steps - group_begun)
                 else:
-                    expect_after_panel(self.chunk_first | (group_left == 0))
+                    next_group_or_codes(self.steps - group_begun)
             if "panel" in kinds:
                 with m.State("PANEL"):
                     m.d.comb += self.stream.ready.eq(1)
-                    with m.If(whole):
-                        write("panel", word("panel"))
-                        m.d.comb += moves["panel"].eq(1)
-                        expect_after_panel(Const(1))
-            if "group" in from_stream:
+                    with m.If(beat_taken):
+                        write("panel", self.stream.payload)
+                        next_group_or_codes(begins_left)
+            if groups_come:
                 with m.State("GROUP"):
                     m.d.comb += self.stream.ready.eq(1)
-                    with m.If(whole):
-                        write("group", word("group"))
-                        m.d.comb += moves["group"].eq(1)
-                        m.d.sync += group_left.eq(self.group_steps)
-                        expect("step")
-            with m.State("STEP"):
-                m.d.comb += self.stream.ready.eq(1)
-                with m.If(whole):
-                    if design.finds_exponents:
-                        self._find_exponents(m, word("step"), group_left, steps_left, write, moves)
-                    else:
-                        m.d.sync += group_left.eq(Mux(group_ends, 0, group_left - design.steps_per_word))
-                    write("step", word("step"))
-                    m.d.comb += moves["step"].eq(1)
+                    with m.If(beat_taken):
+                        write("group", self.stream.payload)
+                        m.d.sync += begins_left.eq(begins_left - self.group_steps)
+                        with m.If(begins_left <= self.group_steps):
+                            m.next = "CODES"
+            with m.State("CODES"):
+                m.d.comb += [
+                    unpacker.wants.eq(1),
+                    unpacker.stream.valid.eq(self.stream.valid),
+                    self.stream.ready.eq(unpacker.stream.ready),
+                ]
+                with m.If(unpacker.valid):
+                    m.d.sync += [group_left.eq(left), steps_left.eq(steps_left - each)]
+                    write("step", unpacker.word)
                     if design.halves:
-                        with m.If(self._not_finite(word("step"))):
+                        halves = [unpacker.word.word_select(lane, 16) for lane in range(design.codes)]
+                        with m.If(Cat(*(half[10:15].all() for half in halves)).any()):
                             m.d.comb += self.error.eq(LoadError.NOT_FINITE)
-                    m.d.sync += steps_left.eq(steps_left - design.steps_per_word)
-                    with m.If(steps_left <= design.steps_per_word):
-                        m.d.comb += self.ends.eq(1)
-                        m.next = "IDLE"
-                    with m.Else():
-                        expect_after_panel(group_ends)
+                        if design.finds_exponents:
+                            write("group", _largest_exponent(m, halves, group_left == 0), (left == 0) | row_ends)
+                    with m.If(row_ends):
+                        m.d.sync += row.eq(row + 1)
+                        m.next = "ROW"
+                        with m.If(row + 1 == self.rows):
+                            m.d.comb += self.ends.eq(1)
+                            m.d.sync += group_begun.eq(left)
+                            for kind in kinds:
+                                m.d.sync += pointers.next[kind].eq(place[kind] + moves[kind])
+                            m.next = "IDLE"
         return m
 
-    def _halves(self, content: Value) -> list[Value]:
-        return [content.word_select(place, 16) for place in range(self.design.halves)]
 
-    def _not_finite(self, content: Value) -> Value:
-        return Cat(*(half[10:15].all() for half in self._halves(content))).any()
-
-    def _find_exponents(
-        self, m: Module, content: Value, group_left: Signal, steps_left: Value, write: Write, moves: dict[str, Signal]
-    ) -> None:
-        """The largest exponent of each column, from the first step of a group to its last."""
-        design = self.design
-        halves = self._halves(content)
-        lanes = design.halves // design.columns
-        begins = Signal()
-        m.d.comb += begins.eq(group_left == 0)
-        found = []
-        for column in range(design.columns):
-            largest: Value = Signal(HALF_EXPONENT_BITS, name=f"largest_{column}")
-            running: Value = Mux(begins, 1, largest)
-            for lane, half in enumerate(halves[column * lanes : (column + 1) * lanes]):
-                greater = Signal(HALF_EXPONENT_BITS, name=f"running_{column}_{lane}")
-                m.d.comb += greater.eq(Mux(half[10:15] > running, half[10:15], running))
-                running = greater
-            m.d.sync += largest.eq(running)
-            found.append(running)
-        ends = (group_left == 1) | (begins & (self.group_steps == 1))
-        m.d.sync += group_left.eq(Mux(begins, self.group_steps - 1, group_left - 1))
-        write("group", Cat(*found))
-        m.d.comb += moves["group"].eq(ends | (steps_left == 1))
+def _largest_exponent(m: Module, halves: list[Value], begins: Value) -> Value:
+    """The largest exponent of a group so far, 1 at least."""
+    largest = Signal(HALF_EXPONENT_BITS, name="largest")
+    running: Value = Mux(begins, 1, largest)
+    for lane, half in enumerate(halves):
+        greater = Signal(HALF_EXPONENT_BITS, name=f"running_{lane}")
+        m.d.comb += greater.eq(Mux(half[10:15] > running, half[10:15], running))
+        running = greater
+    m.d.sync += largest.eq(running)
+    return running
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +367,10 @@ class Loader(wiring.Component):
             loaders[operand] = loader
             begins[operand] = Signal(name=f"{operand}_begin")
             advances = Signal(name=f"{operand}_advances")
+            if operand == "weights":
+                tile, tiles, last = chunk.row_tile, program.row_tiles, program.last_rows
+            else:
+                tile, tiles, last = chunk.column_tile, program.column_tiles, program.last_columns
             # The first allocation goes to half 0; the half is that of the load from its beginning on.
             half, moved = Signal(name=f"{operand}_half", init=1), Signal(name=f"{operand}_half_of_load")
             occupied[operand] = Signal(2, name=f"{operand}_occupied")
@@ -293,11 +378,14 @@ class Loader(wiring.Component):
             m.d.comb += [
                 loader.begin.eq(begins[operand]),
                 loader.chunk_first.eq(chunk.first),
+                loader.chunk_last.eq(chunk.last),
+                loader.rows.eq(Mux(tile == tiles - 1, last, design.memory.rows)),
                 loader.steps.eq(chunk.steps),
                 loader.advances.eq(use.advances),
                 loader.group_steps.eq(program.group_steps),
                 loader.resident.eq(resident),
                 loader.half.eq(moved),
+                *(getattr(loader, name).eq(getattr(program, f"{operand[:-1]}_{name}")) for name in PACKED),
                 loader.stream.payload.eq(self.stream.payload),
                 advances.eq(begins[operand] & use.advances),
                 moved.eq(half ^ (advances & ~resident)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amaranth.hdl import Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -22,12 +22,14 @@ class MemoryDesign:
     """Widths and depths of an operand memory; a width of 0 leaves a kind of words out.
 
     Attributes:
-        step_bits, group_bits, panel_bits: of a word.
+        rows: of the array, or its columns; each has a bank.
+        step_bits, group_bits, panel_bits: of a word of a row.
         steps, groups, panels: words of both halves, powers of two.
 
     Raises ``InputError`` for other depths.
     """
 
+    rows: int
     step_bits: int
     group_bits: int
     panel_bits: int
@@ -99,20 +101,20 @@ class Pointers:
 
 
 class OperandMemory(wiring.Component):
-    """Memories of the three kinds of words.
+    """Memories of the three kinds of words, a bank for each row: a write is one row's, a read is all rows'.
 
     Latency 2 cycles from ``read`` to the word, which stays until the next one; a write is seen by reads from the next
     cycle on.
 
-    Ports, for each kind of words: ``<kind>_write``, ``<kind>_write_at``, ``<kind>_data``; ``<kind>_read``,
-    ``<kind>_read_at``, ``<kind>``.
+    Ports: ``row`` of a write; for each kind of words: ``<kind>_write``, ``<kind>_write_at``, ``<kind>_data``;
+    ``<kind>_read``, ``<kind>_read_at``, ``<kind>``, a row's word after the other.
     """
 
     latency = 2
 
     def __init__(self, design: MemoryDesign) -> None:
         self.design = design
-        members: dict[str, wiring.Member] = {}
+        members: dict[str, wiring.Member] = {"row": In(range(design.rows))}
         for kind, (width, depth) in design.kinds.items():
             members |= {
                 f"{kind}_write": In(1),
@@ -120,24 +122,26 @@ class OperandMemory(wiring.Component):
                 f"{kind}_data": In(width),
                 f"{kind}_read": In(1),
                 f"{kind}_read_at": In(range(depth)),
-                kind: Out(width),
+                kind: Out(width * design.rows),
             }
         super().__init__(members)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         for kind, (width, depth) in self.design.kinds.items():
-            memory = Memory(shape=width, depth=depth, init=[])
-            m.submodules[f"{kind}s"] = memory
-            write, read = memory.write_port(), memory.read_port()
             arrives = delayed(m, getattr(self, f"{kind}_read"), 1, f"{kind}_arrives")
-            m.d.comb += [
-                write.addr.eq(getattr(self, f"{kind}_write_at")),
-                write.data.eq(getattr(self, f"{kind}_data")),
-                write.en.eq(getattr(self, f"{kind}_write")),
-                read.addr.eq(getattr(self, f"{kind}_read_at")),
-                read.en.eq(getattr(self, f"{kind}_read")),
-            ]
+            words = []
+            for row in range(self.design.rows):
+                m.submodules[f"{kind}s_{row}"] = memory = Memory(shape=width, depth=depth, init=[])
+                write, read = memory.write_port(), memory.read_port()
+                m.d.comb += [
+                    write.addr.eq(getattr(self, f"{kind}_write_at")),
+                    write.data.eq(getattr(self, f"{kind}_data")),
+                    write.en.eq(getattr(self, f"{kind}_write") & (self.row == row)),
+                    read.addr.eq(getattr(self, f"{kind}_read_at")),
+                    read.en.eq(getattr(self, f"{kind}_read")),
+                ]
+                words.append(read.data)
             with m.If(arrives):
-                m.d.sync += getattr(self, kind).eq(read.data)
+                m.d.sync += getattr(self, kind).eq(Cat(*words))
         return m

@@ -15,6 +15,10 @@ from amaranth.lib.wiring import In, Out
 COUNT_BITS = 16
 """Of every count of a program."""
 
+PACKED_BITS = 8
+PACKED = ("code_bits", "word_bits", "group_bits", "row_bits")
+"""How an operand is packed: bits of a code, of a word's codes, and of the last word of a group and of a row."""
+
 
 class Allocation(enum.IntEnum):
     """What occupies a half of an operand memory until its last use."""
@@ -41,6 +45,7 @@ PROGRAM = data.StructLayout(
         "weights_stationary": 1,
         "weight_allocation": 2,
         "activation_allocation": 2,
+        **{f"{operand}_{bits}": PACKED_BITS for operand in ("weight", "activation") for bits in PACKED},
     }
 )
 """A layer as loops.
@@ -52,6 +57,7 @@ last_rows, last_columns: outputs and tokens of the last tiles.
 terms: of a step.
 weights_stationary: which operand stays.
 weight_allocation, activation_allocation: ``Allocation``.
+weight_code_bits …: ``PACKED``.
 """
 
 CHUNK = data.StructLayout(

@@ -185,7 +185,7 @@ def test_activations_that_are_not_finite_end_the_load_and_nothing_hangs() -> Non
     own = driver(PAPER)
     image = layer_image(PAPER.array, tensor, activations)
     infinite = image.activations.copy()
-    infinite[0, 5, 10:15] = 1
+    infinite.view(np.uint16)[0, 5] = 0x7C00
     broken = type(image)(**{**image.__dict__, "activations": infinite})
     with pytest.raises(TermwiseError, match="an activation is infinite or no number"):
         own.run_image(broken, plan(PAPER, image))
@@ -277,7 +277,7 @@ def test_layers_that_do_not_fit_are_refused_before_anything_is_sent() -> None:
     with pytest.raises(InputError, match="expected 64"):
         driver(PAPER).run(tensor, activations[:, :32])
     with pytest.raises(InputError, match="expected a power of two"):
-        MemoryDesign(step_bits=8, group_bits=0, panel_bits=0, steps=100)
+        MemoryDesign(rows=2, step_bits=8, group_bits=0, panel_bits=0, steps=100)
     large, many = layer("bitmod-w4g256", 4, 512, 2)
     with pytest.raises(InputError, match="groups of 256 weights"):
         driver(SHARED).run(large, many)

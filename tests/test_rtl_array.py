@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ class Bench:
     def _tile(self, image: LayerImage, row_tile: int, column_tile: int) -> NDArray[np.uint16]:
         design = self.design
         weights, activations = (
-            [_number(bits) for bits in operand[tile]]
-            for operand, tile in ((image.weights, row_tile), (image.activations, column_tile))
+            _words(design, image, operand, tile)
+            for operand, tile in (("weights", row_tile), ("activations", column_tile))
         )
-        groups = [_packed(words, 24) for words in image.groups[row_tile]]
+        groups = [_packed(words, 24) for words in _tile_of(image.groups, row_tile, design.rows).T]
         exponents = self._exponents(image, column_tile)
         ports: dict[str, list[int]] = {
             name: [] for name in ("weights", "activations", "groups", "exponents", "control")
@@ -86,8 +87,8 @@ class Bench:
             port.extend([0] * drain)
         constants = {
             "layer": image.layer,
-            "channel_scales": _packed(image.channel_scales[row_tile].view(np.uint32), 32),
-            "column_scales": _packed(image.column_scales[column_tile].view(np.uint16), 16),
+            "channel_scales": _packed(_tile_of(image.channel_scales, row_tile, design.rows).view(np.uint32), 32),
+            "column_scales": _packed(_tile_of(image.column_scales, column_tile, design.columns).view(np.uint16), 16),
         }
         self.model.run(constants, 1)  # the layer is known a cycle before
         self.model.run({**ports, **constants})
@@ -100,11 +101,11 @@ class Bench:
         """The largest exponent of each group and column, packed."""
         if not self.design.datapath.group_exponents:
             return [0] * image.groups.shape[1]
-        words = image.activations[column_tile].reshape(image.row_steps, self.design.columns, -1, 16)
-        fields = np.maximum((words[..., 10:15].astype(int) << np.arange(5)).sum(axis=-1), 1)
+        halves = _tile_of(image.activations.view(np.uint16), column_tile, self.design.columns)
+        fields = np.maximum(halves >> 10 & 31, 1)
         return [
-            _packed(fields[first : first + image.group_steps].max(axis=(0, 2)), 5)
-            for first in range(0, image.row_steps, image.group_steps)
+            _packed(fields[:, first : first + image.group_inputs].max(axis=1), 5)
+            for first in range(0, image.inputs, image.group_inputs)
         ]
 
 
@@ -112,8 +113,30 @@ TYPES = ("bitmod_fp4", "bitmod_fp3", "int6", "int8")
 """Those of BitMoD's formats: a decoder of fewer types is compiled sooner."""
 
 
-def _number(bits: NDArray[np.uint8]) -> int:
-    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+def _tile_of(values: NDArray[Any], tile: int, size: int) -> NDArray[Any]:
+    """``size`` rows, zeros where there are none."""
+    rows = values[tile * size : (tile + 1) * size]
+    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _words(design: ArrayDesign, image: LayerImage, operand: str, tile: int) -> list[int]:
+    """The words of a tile's steps, a row after the other in each, as the operand memory shows them."""
+    path = design.datapath
+    if operand == "weights":
+        packed, bits, size = image.weights, image.weight_code_bits, design.rows
+        width, steps = max(path.weight_widths), path.weight_steps
+    else:
+        packed, bits, size = image.activations, image.activation_code_bits, design.columns
+        width, steps = max(path.activation_widths), path.activation_steps
+    every = np.unpackbits(_tile_of(packed, tile, size), axis=1, bitorder="little")[:, : image.inputs * bits]
+    codes = (every.reshape(size, image.inputs, bits).astype(int) << np.arange(bits)).sum(axis=-1)
+    found = []
+    for step in range(0, image.row_steps, steps):
+        own = codes[:, image.codes_before(step) : image.codes_before(min(step + steps, image.row_steps))]
+        word = np.zeros((size, path.lanes * steps), int)
+        word[:, : own.shape[1]] = own
+        found.append(_packed(word.ravel(), width))
+    return found
 
 
 def _packed(values: NDArray[np.integer], bits: int) -> int:
