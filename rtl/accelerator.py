@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
+from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -16,7 +16,7 @@ from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
 from termwise.rtl.borders import GROUP_WORD
 from termwise.rtl.loader import Loader, LoaderDesign, OperandDesign
 from termwise.rtl.operand_memory import MemoryDesign, OperandMemory
-from termwise.rtl.program import PROGRAM
+from termwise.rtl.program import PACKED, PROGRAM
 from termwise.rtl.registers import AXI_LITE, IDENTITY, WORD_BITS, RegisterFile
 from termwise.rtl.sequencer import CAUSES, Sequencer
 from termwise.rtl.writer import Writer
@@ -187,12 +187,13 @@ class Accelerator(wiring.Component):
 
         # Control and status.
         error, done, starts, stops, running = Signal(3), Signal(), Signal(), Signal(), Signal()
-        bad_counts, bad_type = Signal(), Signal()
+        bad_counts, bad_type, bad_packing = Signal(), Signal(), Signal()
         counts = [name for name, field in PROGRAM if field.width > 2]
         zero = Cat(*(getattr(program, name) == 0 for name in counts)).any()
         short = (program.group_steps > program.row_steps) | (program.chunk_steps > program.row_steps)
         m.d.comb += [
             starts.eq(registers.control[0]),
+            bad_packing.eq(~(_takes(program, "weight", weights) & _takes(program, "activation", activations))),
             running.eq(sequencer.running | begin),
             stops.eq(registers.control[1]),
             bad_counts.eq(zero | short),
@@ -212,9 +213,9 @@ class Accelerator(wiring.Component):
             with m.If(running):
                 m.d.sync += error.eq(4)
             with m.Else():
-                m.d.sync += [done.eq(0), error.eq(Mux(bad_counts, 3, Mux(bad_type, 5, 0)))]
+                m.d.sync += [done.eq(0), error.eq(Mux(bad_counts, 3, Mux(bad_type, 5, Mux(bad_packing, 6, 0))))]
                 m.d.comb += clear.eq(1)
-                m.d.sync += begin.eq(~bad_counts & ~bad_type)
+                m.d.sync += begin.eq(~bad_counts & ~bad_type & ~bad_packing)
         with m.Else():
             with m.If(loader.error.any() & ~error.any()):
                 m.d.sync += error.eq(loader.error)
@@ -234,3 +235,10 @@ class Accelerator(wiring.Component):
         with m.If(clear):
             m.d.sync += cycles.eq(0)
         return m
+
+
+def _takes(program: data.View, operand: str, design: OperandDesign) -> Value:
+    """Whether the loader knows codes and words of these widths."""
+    width, word, group, row = (getattr(program, f"{operand}_{bits}") for bits in PACKED)
+    known = [(width == bits) & (word <= bits * design.codes) for bits in design.code_widths]
+    return Cat(*known).any() & (group <= word) & (row <= word)

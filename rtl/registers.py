@@ -25,6 +25,7 @@ ERRORS = {
     3: "a count of the program is 0, or a row is shorter than a group or a chunk",
     4: "the program begins while another runs",
     5: "the data type does not exist",
+    6: "codes are packed in a width that the design does not take",
 }
 """Codes of the register ``error``."""
 

@@ -20,7 +20,7 @@ from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.algorithms.reference import multiply, multiply_integers
 from termwise.rtl.accelerator import AcceleratorDesign
 from termwise.rtl.array import ArrayDesign
-from termwise.rtl.driver import Driver, Schedule, plan
+from termwise.rtl.driver import Driver, Schedule, operand_beats, plan
 from termwise.rtl.layer_image import layer_image
 from termwise.rtl.operand_memory import MemoryDesign
 from termwise.rtl.program import Allocation
@@ -211,7 +211,15 @@ def test_loads_beyond_their_half_are_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "error"),
-    [("terms", 0, 3), ("row_steps", 0, 3), ("chunk_steps", 1000, 3), ("layer_0", 31, 5)],
+    [
+        ("terms", 0, 3),
+        ("row_steps", 0, 3),
+        ("chunk_steps", 1000, 3),
+        ("layer_0", 31, 5),
+        ("weight_code_bits", 5, 6),
+        ("weight_word_bits", 17, 6),
+        ("activation_row_bits", 65, 6),
+    ],
 )
 def test_bad_programs_set_their_error(field: str, value: int, error: int) -> None:
     own = driver(PAPER)
@@ -224,6 +232,19 @@ def test_bad_programs_set_their_error(field: str, value: int, error: int) -> Non
     assert own.read("status") == 4
     own.write("control", 2)
     assert own.read("status") == own.read("error") == 0
+
+
+def test_operands_come_as_they_are_packed() -> None:
+    """The codes of the stream are the bytes of the tensor, row after row."""
+    tensor, activations = layer("bitmod-w3g32", 6, 64, 2)
+    design = PAPER
+    image = layer_image(design.array, tensor, activations)
+    beats = operand_beats(design, image, plan(design, image))
+    rows, columns = design.array.rows, design.array.columns
+    # A channel scale and two groups, then 24 bytes of codes; a token's 128 bytes.
+    first = beats[0].reshape(rows, 3 + 6)
+    assert first[:, 3:].tobytes() == tensor.parts["codes"][:rows].tobytes()
+    assert beats[1].tobytes() == activations[:columns].tobytes()
 
 
 def test_a_start_while_a_layer_runs_is_refused() -> None:
