@@ -84,8 +84,8 @@ def test_registers_show_a_value_in_the_cycle_that_the_page_names() -> None:
     assert [states[cycle] for cycle in (0, 1, 2)] == ["ISSUE"] * 3
     assert [states[cycle] for cycle in range(3, 9)] == ["SCALE"] * 6
     assert (states[9], states[10]) == ("ISSUE", "DRAIN")
-    assert (run.busy_cycles, run.scale_cycles, run.drain_cycles) == (4, 6, 7 + 8 + 8 + 20)
-    assert states[10 + 43] == "LEAVE"
+    assert (run.busy_cycles, run.scale_cycles, run.drain_cycles) == (4, 6, 7 + 8 + 8 + 22)
+    assert states[10 + 45] == "LEAVE"
     # Last terms in 1 and 9: sums 8 later; then 8 for the dequantizer, one for the chain, 4 and 7 for the accumulator.
     assert [change.cycle for change in run.changes if change.name == "sum"] == [8, 9, 10, 17]
     assert [change.cycle for change in run.changes if change.name == "dequantizing"] == [9, 17, 17, 25]
