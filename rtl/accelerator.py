@@ -13,7 +13,7 @@ from amaranth.lib.wiring import In, Out
 from termwise.algorithms.errors import InputError
 from termwise.rtl.array import Array, ArrayDesign
 from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
-from termwise.rtl.borders import GROUP_WORD
+from termwise.rtl.borders import CENTROIDS, GROUP_WORD, OUTLIER_COUNTS
 from termwise.rtl.loader import Loader, LoaderDesign, OperandDesign
 from termwise.rtl.operand_memory import MemoryDesign, OperandMemory
 from termwise.rtl.program import PACKED, PROGRAM
@@ -37,7 +37,7 @@ class AcceleratorDesign:
         array: its array.
         weight_words, activation_words: words of steps of each operand memory, both halves together; powers of two.
         group_words: groups whose scales lie beside the weights; a power of two.
-        panels: row tiles whose channel scales lie there; a power of two.
+        panels: row tiles whose channel scales, or outliers, lie there; a power of two.
 
     Raises ``InputError`` for what cannot be built.
     """
@@ -60,11 +60,12 @@ class AcceleratorDesign:
         weights = MemoryDesign(
             rows=array.rows,
             step_bits=path.weight_bits,
-            group_bits=GROUP_WORD.size,
-            panel_bits=32 * path.parts.channel_scales,
+            group_bits=0 if path.outliers else GROUP_WORD.size,
+            panel_bits=OUTLIER_COUNTS.size if path.outliers else 32 * path.parts.channel_scales,
             steps=self.weight_words,
             groups=self.group_words,
             panels=self.panels,
+            outliers=path.outliers,
         )
         activations = MemoryDesign(
             rows=array.columns,
@@ -123,7 +124,7 @@ class Accelerator(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         design, array_design, path = self.design, self.design.array, self.design.array.datapath
-        m.submodules.registers = registers = RegisterFile()
+        m.submodules.registers = registers = RegisterFile(centroids=path.outliers > 0)
         wiring.connect(m, wiring.flipped(self.bus), registers.bus)
         program = Signal(PROGRAM)
         m.d.comb += [getattr(program, name).eq(getattr(registers, name)) for name, _ in PROGRAM]
@@ -157,7 +158,7 @@ class Accelerator(wiring.Component):
         for operand, memory_design in (("weights", weights.memory), ("activations", activations.memory)):
             m.submodules[f"{operand}_memory"] = memory = OperandMemory(memory_design)
             m.d.comb += memory.row.eq(getattr(loader, operand).row)
-            for kind in memory_design.kinds:
+            for kind in memory_design.memories:
                 for name in (f"{kind}_write", f"{kind}_write_at", f"{kind}_data"):
                     m.d.comb += getattr(memory, name).eq(getattr(getattr(loader, operand), name))
                 for name in (f"{kind}_read", f"{kind}_read_at"):
@@ -168,7 +169,17 @@ class Accelerator(wiring.Component):
             ]
             for kind, port in zip(("step", "group", "panel"), ARRAY_PORTS[operand], strict=True):
                 if kind in memory_design.kinds:
+                    port = "outlier_counts" if kind == "panel" and memory_design.outliers else port
                     m.d.comb += getattr(array, port).eq(getattr(memory, kind))
+            if memory_design.outliers:
+                m.d.comb += array.outliers.eq(memory.outlier)
+        if path.outliers:
+            m.d.comb += [
+                sequencer.most_outliers.eq(array.outlier_counts[0].most),
+                array.ends.eq(sequencer.ends_row),
+                array.row_end.eq(sequencer.row_end),
+                array.centroids.eq(Cat(*(getattr(registers, f"centroid_{number}") for number in range(CENTROIDS)))),
+            ]
         layer_words = [getattr(registers, name) for name in registers.signature.members if name.startswith("layer_")]
         m.d.comb += [
             array.control.eq(sequencer.control),

@@ -15,6 +15,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.operands import HALF_BIAS
@@ -22,12 +23,16 @@ from termwise.algorithms.processing_element import ACCUMULATOR_ROWS, BitParallel
 from termwise.rtl.accumulator import ROW_BITS, VALUE_CONTROL, ColumnAccumulator
 from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
 from termwise.rtl.borders import (
+    CENTROIDS,
     GROUP_WORD,
     LAYER,
+    OUTLIER_COUNTS,
+    ROW_END,
     SCALE_PRODUCT_CYCLES,
     BitParallelDatapath,
     BitSerialDatapath,
     Datapath,
+    DictionaryDatapath,
     ScaleKind,
 )
 from termwise.rtl.float32 import BIAS, Steps, half_to_float, leading_zeros
@@ -56,6 +61,7 @@ class ArrayDesign:
         bits: 4 or 8, of the codes beside OliVe's and ANT's PEs.
         types: of weights, beside a ``bit_serial`` PE; all that it takes where there are none.
         movement: of operands.
+        outliers: of a row, beside GOBO's PEs; a power of two.
 
     Raises ``InputError`` for what cannot be built.
     """
@@ -68,6 +74,7 @@ class ArrayDesign:
     bits: int = 8
     types: tuple[str, ...] = ()
     movement: Movement = "broadcast"
+    outliers: int = 32
 
     def __post_init__(self) -> None:
         for name, most in (("rows", 256), ("columns", 256), ("group_inputs", 1 << 16)):
@@ -93,6 +100,8 @@ class ArrayDesign:
             return BitSerialDatapath(spec, self.scale, self.group_inputs, types)
         if isinstance(spec, Fp16MacSpec | BitParallelSpec):
             return BitParallelDatapath(spec, self.bits)
+        if isinstance(spec, DictionarySpec):
+            return DictionaryDatapath(spec, self.outliers)
         raise InputError(f"no array of {spec.kind} PEs can be built; expected another kind")
 
     @property
@@ -135,13 +144,25 @@ class Array(wiring.Component):
         exchange: outputs of the tile change places with the write-back register.
         read_row: which row of the write-back register ``outputs`` shows.
         outputs: FP16 of each column.
+        row_end: ``ROW_END``, with GOBO's PEs, where ``ends`` says that the term follows a row.
+        centroids: FP32, likewise; they stay as they are while a layer runs.
+        outliers: FP32 of each row, likewise, for the term.
+        outlier_counts: ``OUTLIER_COUNTS`` of each row, likewise, until the tile's last term.
     """
 
     def __init__(self, design: ArrayDesign) -> None:
         self.design = design
         path = design.datapath
+        of_dictionary: dict[str, wiring.Member] = {
+            "ends": In(1),
+            "row_end": In(ROW_END),
+            "centroids": In(data.ArrayLayout(32, CENTROIDS)),
+            "outliers": In(data.ArrayLayout(32, design.rows)),
+            "outlier_counts": In(data.ArrayLayout(OUTLIER_COUNTS, design.rows)),
+        }
         super().__init__(
             {
+                **(of_dictionary if path.outliers else {}),
                 "control": In(ARRAY_CONTROL),
                 "weights": In(data.ArrayLayout(path.weight_bits, design.rows)),
                 "groups": In(data.ArrayLayout(GROUP_WORD, design.rows)),
@@ -171,17 +192,29 @@ class Array(wiring.Component):
         before_sum = delayed(m, ends, sum_after - 1, "before_sum")
 
         # Borders.
+        centroid = Signal(32)
+        if path.outliers:
+            m.d.comb += centroid.eq(self.centroids[self.row_end.number])
         weights: list[Value] = []
         scale_bits: list[Value] = []
         row_values: list[Value] = []
         for row in range(design.rows):
             m.submodules[f"row_border_{row}"] = border = path.row_border()
-            m.d.comb += [
-                border.codes.eq(self.weights[row]),
-                border.group.eq(self.groups[row]),
-                border.layer.eq(self.layer),
-                border.term.eq(control.number),
-            ]
+            m.d.comb += border.codes.eq(self.weights[row])
+            if path.outliers:
+                m.d.comb += [
+                    border.ends.eq(self.ends),
+                    border.row_end.eq(self.row_end),
+                    border.centroid.eq(centroid),
+                    border.outlier.eq(self.outliers[row]),
+                    border.outliers.eq(self.outlier_counts[row]),
+                ]
+            else:
+                m.d.comb += [
+                    border.group.eq(self.groups[row]),
+                    border.layer.eq(self.layer),
+                    border.term.eq(control.number),
+                ]
             if hasattr(border, "odd"):
                 m.d.comb += border.odd.eq(control.odd)
             weights.append(delayed(m, border.weight.as_value(), row * skew, f"weight_{row}"))
@@ -199,7 +232,7 @@ class Array(wiring.Component):
             ]
             if hasattr(border, "odd"):
                 m.d.comb += border.odd.eq(control.odd)
-            activation = border.activation.as_value()
+            activation = Value.cast(border.activation)
             activations.append(delayed(m, activation, column * skew, f"activation_{column}"))
             exponents.append(self._group_exponent(m, column, ends, at_sum[0], at_load[0]))
 

@@ -7,14 +7,16 @@ new ``Datapath``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
-from amaranth.hdl import Cat, Const, Module, Mux, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.datatypes import get_datatype
+from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.formats import get_format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
@@ -34,7 +36,9 @@ from termwise.rtl.bit_serial import (
     least_sum_bits,
     weight_terms,
 )
-from termwise.rtl.decoders import ShiftedIntegerDecoder, shifted_integer_layout
+from termwise.rtl.decoders import CENTROID_INDEX_BITS, ShiftedIntegerDecoder, shifted_integer_layout
+from termwise.rtl.dictionary import DictionaryPe, Operation, check_outliers, dictionary_term
+from termwise.rtl.float32 import Steps, half_to_float
 from termwise.rtl.processing_element import decode_half, delayed
 from termwise.rtl.term_generator import (
     MOST_BITS,
@@ -72,6 +76,13 @@ paired, bias: outlier-victim pairs, and the bias of their outliers.
 activation_…: the same of activations that are codes.
 """
 
+CENTROIDS = 1 << CENTROID_INDEX_BITS
+ROW_END = data.StructLayout({"centroid": 1, "outlier": 1, "number": CENTROID_INDEX_BITS})
+"""Of a term after a row of indices: the centroid of that number, or the next outlier of every row, or nothing."""
+
+OUTLIER_COUNTS = data.StructLayout({"own": 16, "most": 16})
+"""Outliers of a row, and of the row of its tile that has the most."""
+
 SCALE_PRODUCT_CYCLES = 4
 """From the scales of a row and a column to the FP32 number that is their product."""
 
@@ -97,7 +108,8 @@ class Datapath:
         group_exponents: whether activations are aligned to the largest exponent of their group.
         weight_steps, activation_steps: steps of a word in the operand memories: 2 where codes come in pairs.
         weight_widths, activation_widths: bits that a packed code may have; in a word each has the widest.
-        types: of weights that its decoder knows; none where weights are FP16.
+        types: of weights that its decoder knows; none where weights are no numbers of such types.
+        outliers: that a row may have; where there is room for some, terms follow at the end of a row (``ROW_END``).
         parts: of the column accumulator.
         timing: of the pipeline.
     """
@@ -116,6 +128,7 @@ class Datapath:
     weight_widths: tuple[int, ...] = (16,)
     activation_widths: tuple[int, ...] = (16,)
     types: tuple[Any, ...] = ()
+    outliers: int = 0
     parts: AccumulatorParts
     timing: PipelineTiming
 
@@ -361,4 +374,97 @@ class CodeBorder(wiring.Component):
             ]
         value = decoder.value if self.datapath.integers else normal_integer(m, decoder.value)
         m.d.sync += result.eq(value)
+        return m
+
+
+class DictionaryDatapath(Datapath):
+    """``dictionary``: indices, of which the loader has marked the outliers; the end of a row has terms of its own."""
+
+    lanes = 1
+    weight_widths = (3, 4)
+    weight_bits = CENTROID_INDEX_BITS + 1
+    activation_bits = 16
+    sum_bits = 32
+
+    def __init__(self, spec: DictionarySpec, outliers: int) -> None:
+        if spec.lanes != 1:
+            raise InputError(f"a {spec.kind} PE of {spec.lanes} lanes; expected 1")
+        check_outliers(outliers)
+        self.outliers = outliers
+        self.parts = AccumulatorParts(adds=False)
+        self.timing = replace(spec.pipeline(get_format("gobo-w4"), 1, 1), end_of_row_cycles=0)
+
+    def row_border(self) -> wiring.Component:
+        return DictionaryRowBorder()
+
+    def column_border(self) -> wiring.Component:
+        return DictionaryColumnBorder()
+
+    def processing_element(self) -> DictionaryPe:
+        return DictionaryPe(CENTROID_INDEX_BITS, self.outliers)
+
+
+class DictionaryRowBorder(wiring.Component):
+    """What a row does with its index or, at its end, with a centroid or its next outlier.
+
+    Ports:
+        codes: index, and whether the weight is an outlier. ends: this term follows the row, with ``ROW_END``.
+        centroid: FP32 of that number. outlier: FP32 of the row. outliers: how many the row has.
+    """
+
+    latency = 1
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "codes": In(DictionaryDatapath.weight_bits),
+                "ends": In(1),
+                "row_end": In(ROW_END),
+                "centroid": In(32),
+                "outlier": In(32),
+                "outliers": In(OUTLIER_COUNTS),
+                "weight": Out(dictionary_term(CENTROID_INDEX_BITS)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        used = Signal(16)  # outliers of the row that have had their term
+        row_end = data.View(ROW_END, self.row_end.as_value())
+        weight = Signal(dictionary_term(CENTROID_INDEX_BITS))
+        with m.If(~self.ends):
+            m.d.sync += used.eq(0)
+            m.d.comb += [
+                weight.operation.eq(Mux(self.codes[-1], Operation.CAPTURE, Operation.BIN)),
+                weight.index.eq(self.codes[:-1]),
+            ]
+        with m.Else():
+            m.d.sync += used.eq(used + row_end.outlier)
+            m.d.comb += [
+                weight.operation.eq(Operation.NOTHING),
+                weight.index.eq(row_end.number),
+                weight.value.eq(Mux(row_end.centroid, self.centroid, self.outlier)),
+            ]
+            with m.If(row_end.centroid):
+                m.d.comb += weight.operation.eq(Operation.CENTROID)
+            with m.If(row_end.outlier & (used < self.outliers.own)):
+                m.d.comb += weight.operation.eq(Operation.OUTLIER)
+        m.d.sync += self.weight.eq(weight)
+        return m
+
+
+class DictionaryColumnBorder(wiring.Component):
+    """FP16 numbers as FP32."""
+
+    latency = 1
+
+    def __init__(self) -> None:
+        super().__init__(
+            {"values": In(16), "layer": In(LAYER), "exponent": In(HALF_EXPONENT_BITS), "activation": Out(32)}
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        value = half_to_float(Steps(m, "activation", registered=False), decode_half(m, self.values))
+        m.d.sync += self.activation.eq(value)
         return m

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.quantize import QuantizedTensor
 from termwise.rtl.accelerator import BEAT_BITS, AcceleratorDesign
+from termwise.rtl.borders import OUTLIER_COUNTS
 from termwise.rtl.layer_image import LayerImage, layer_image
 from termwise.rtl.loader import OperandDesign
 from termwise.rtl.program import PACKED, PROGRAM, Allocation
@@ -219,6 +220,9 @@ def operand_beats(design: AcceleratorDesign, image: LayerImage, schedule: Schedu
                 parts = []
                 if is_weights:
                     rows = slice(row_tile * image.rows, (row_tile + 1) * image.rows)
+                    if path.outliers:
+                        found.extend(_rows_with_outliers(image, rows, *codes))
+                        continue
                     if path.parts.channel_scales and begin == 0:
                         parts.append(_columns_of_beats(image.channel_scales[rows, None]))
                     groups = slice(-(-begin // image.group_steps), -(-end // image.group_steps))
@@ -232,6 +236,18 @@ def operand_beats(design: AcceleratorDesign, image: LayerImage, schedule: Schedu
                 parts.append(_packed_part(packed, codes[0] * bits, codes[1] * bits))
                 found.append(np.concatenate(parts, axis=1).ravel())
     return found
+
+
+def _rows_with_outliers(image: LayerImage, rows: slice, begin: int, end: int) -> Iterator[Beats]:
+    """Of each row: with its first inputs ``OUTLIER_COUNTS``; outliers from ``begin`` to before ``end``; its indices."""
+    bits = image.weight_code_bits
+    indices = _packed_part(image.weights[rows], begin * bits, end * bits)
+    most = max(len(places) for places, _ in image.outliers[rows])
+    for (places, values), own in zip(image.outliers[rows], indices, strict=True):
+        here = slice(*np.searchsorted(places, [begin, end]))
+        pairs = np.stack([(places[here] - begin).astype(np.uint32), values[here].view(np.uint32)], axis=1)
+        counts = [] if begin else [len(places) | most << OUTLIER_COUNTS["most"].offset]
+        yield np.concatenate([np.array([*counts, len(pairs)], np.uint32), pairs.ravel(), own])
 
 
 class Driver:
@@ -279,6 +295,8 @@ class Driver:
         words = [name for name in OFFSETS if name.startswith("layer_")]
         for place, name in enumerate(words):
             self.write(name, image.layer >> WORD_BITS * place & ((1 << WORD_BITS) - 1))
+        for number, centroid in enumerate(image.centroids.view(np.uint32)):
+            self.write(f"centroid_{number}", int(centroid))
         array = self.design.array
         expected = sum(
             self._rows(image, row_tile) * -(-16 * self._columns(image, column_tile) // BEAT_BITS)

@@ -5,12 +5,14 @@ Nothing is computed here that hardware decodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import InputError
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.grid import Grid
@@ -43,6 +45,8 @@ class LayerImage:
         activation_code_bits: of a packed code; 16 of FP16 numbers.
         column_scales: FP16 [tokens]; 1 where there are none.
         layer: the bits of ``LAYER``.
+        centroids: FP32 [centroids], of a dictionary.
+        outliers: of each row, in order, its places among the inputs and its values (FP32).
     """
 
     rows: int
@@ -61,6 +65,8 @@ class LayerImage:
     activation_code_bits: int
     column_scales: NDArray[np.float16]
     layer: int
+    centroids: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    outliers: tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...] = ()
 
     @property
     def row_tiles(self) -> int:
@@ -99,6 +105,7 @@ def layer_image(
     path = design.datapath
     spec = design.processing_element
     terms = spec.cycles_per_step(tensor.format)
+    centroids, outliers = np.zeros(0, np.float32), ()
     outputs, inputs = tensor.shape
     tokens = activations.shape[0]
     if activations.shape[1] != inputs:
@@ -111,6 +118,11 @@ def layer_image(
         layer, group_inputs = {}, inputs
         groups, channel = np.zeros((outputs, 1), np.uint32), np.ones(outputs, np.float32)
         weights, bits = half_weights(tensor).view(np.uint8), 16
+    elif isinstance(spec, DictionarySpec):
+        layer, group_inputs = {}, inputs
+        groups, channel = np.zeros((outputs, 0), np.uint32), np.ones(outputs, np.float32)
+        weights, bits = tensor.parts["codes"], tensor.format.weight_bits
+        centroids, outliers = tensor.parts["dictionary"].astype(np.float32), _outliers(tensor, path.outliers)
     else:
         assert isinstance(path, BitParallelDatapath)
         layer, groups, channel, group_inputs = _bit_parallel(path, tensor)
@@ -150,6 +162,23 @@ def layer_image(
         activation_code_bits=value_bits,
         column_scales=column_scales,
         layer=int(LAYER.const(layer).as_bits()),
+        centroids=centroids,
+        outliers=outliers,
+    )
+
+
+def _outliers(tensor: QuantizedTensor, room: int) -> tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...]:
+    """Places and values of the outliers of every row of GOBO's weights."""
+    outputs, inputs = tensor.shape
+    positions = tensor.parts["outlier_positions"].astype(np.int64)
+    values = tensor.parts["outlier_values"].astype(np.float32)
+    ends = np.searchsorted(positions, inputs * np.arange(outputs + 1))
+    most = int(np.diff(ends).argmax())
+    if ends[most + 1] - ends[most] > room:
+        raise InputError(f"row {most} has {ends[most + 1] - ends[most]} outliers; the array was built for {room}")
+    return tuple(
+        (positions[first:last] - row * inputs, values[first:last])
+        for row, (first, last) in enumerate(itertools.pairwise(ends.tolist()))
     )
 
 

@@ -6,6 +6,10 @@ A row's part of a chunk: with the first chunk of a row its panel word, the chann
 activations that are codes (FP16); of weights the words (``GROUP_WORD``) of the groups that begin in the chunk; its
 codes, packed as ``termwise.algorithms.packing`` packs rows. Each of these words, and the codes, begin in a beat of
 their own.
+
+Beside GOBO's PEs the panel word is ``OUTLIER_COUNTS``, there are no groups, and before its codes each row says how many
+outliers follow in this chunk, then for each its place in the chunk and its value (FP32), a beat each, in order. The
+loader marks their codes.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from termwise.rtl.bit_serial import HALF_EXPONENT_BITS
@@ -60,7 +65,7 @@ class OperandDesign:
 def write_members(design: MemoryDesign) -> dict[str, wiring.Member]:
     """Ports that write into an operand memory."""
     found: dict[str, wiring.Member] = {"row": Out(range(design.rows))}
-    for kind, (width, depth) in design.kinds.items():
+    for kind, (width, depth) in design.memories.items():
         found |= {f"{kind}_write": Out(1), f"{kind}_write_at": Out(range(depth)), f"{kind}_data": Out(width)}
     return found
 
@@ -141,7 +146,8 @@ class OperandLoader(wiring.Component):
     Ports:
         begin: a chunk begins, with ``chunk_first``, ``chunk_last`` (of a row), ``steps``, ``rows``, ``advances`` and
             ``half``, which stay until it ends.
-        group_steps, code_bits, word_bits, group_bits, row_bits, resident: of the program.
+        group_steps, code_bits, word_bits, group_bits, row_bits, resident: of the program; with outliers also
+            ``by_chunks``.
         stream: beats.
         memory: to the operand memory.
         ends: in the cycle of the last word.
@@ -162,6 +168,7 @@ class OperandLoader(wiring.Component):
                 "group_steps": In(COUNT_BITS),
                 **{name: In(PACKED_BITS) for name in PACKED},
                 "resident": In(1),
+                **({"by_chunks": In(1)} if design.memory.outliers else {}),
                 "stream": In(stream.Signature(beat_bits)),
                 "memory": Out(wiring.Signature(write_members(design.memory))),
                 "ends": Out(1),
@@ -225,13 +232,20 @@ class OperandLoader(wiring.Component):
                 m.d.comb += self.error.eq(LoadError.MEMORY)
 
         def next_group_or_codes(left: Value) -> None:
-            if groups_come:
+            if design.memory.outliers:
+                m.next = "COUNT"
+            elif groups_come:
                 with m.If(left > 0):
                     m.next = "GROUP"
                 with m.Else():
                     m.next = "CODES"
             else:
                 m.next = "CODES"
+
+        outlier = Signal()  # whether the code of this step is one
+        if design.memory.outliers:
+            outliers = _OutlierList(m, self, steps_done=(self.steps - steps_left)[:COUNT_BITS])
+            m.d.comb += outlier.eq(outliers.is_next)
 
         with m.FSM():
             with m.State("IDLE"), m.If(self.begin):
@@ -261,6 +275,8 @@ class OperandLoader(wiring.Component):
                     m.d.comb += self.stream.ready.eq(1)
                     with m.If(beat_taken):
                         write("panel", self.stream.payload)
+                        if design.memory.outliers:
+                            m.d.sync += outliers.panel.eq(place["panel"])
                         next_group_or_codes(begins_left)
             if groups_come:
                 with m.State("GROUP"):
@@ -270,6 +286,8 @@ class OperandLoader(wiring.Component):
                         m.d.sync += begins_left.eq(begins_left - self.group_steps)
                         with m.If(begins_left <= self.group_steps):
                             m.next = "CODES"
+            if design.memory.outliers:
+                outliers.states(beat_taken, row)
             with m.State("CODES"):
                 m.d.comb += [
                     unpacker.wants.eq(1),
@@ -278,7 +296,9 @@ class OperandLoader(wiring.Component):
                 ]
                 with m.If(unpacker.valid):
                     m.d.sync += [group_left.eq(left), steps_left.eq(steps_left - each)]
-                    write("step", unpacker.word)
+                    write("step", Cat(unpacker.word, outlier) if design.memory.outliers else unpacker.word)
+                    if design.memory.outliers:
+                        m.d.sync += outliers.next.eq(outliers.next + outlier)
                     if design.halves:
                         halves = [unpacker.word.word_select(lane, 16) for lane in range(design.codes)]
                         with m.If(Cat(*(half[10:15].all() for half in halves)).any()):
@@ -295,6 +315,85 @@ class OperandLoader(wiring.Component):
                                 m.d.sync += pointers.next[kind].eq(place[kind] + moves[kind])
                             m.next = "IDLE"
         return m
+
+
+class _OutlierList:
+    """The outliers of a row's part of a chunk: values go to their memory, places are kept until their codes come.
+
+    The values of a row lie beside its panel word; where a chunk is all that stays, they take turns with those of the
+    tile before, which are read at the end of its rows.
+
+    Attributes:
+        panel: address of the row's panel word.
+        next: which place of the list comes next. is_next: the code of this step is that outlier.
+    """
+
+    def __init__(self, m: Module, loader: OperandLoader, steps_done: Value) -> None:
+        self.m, self.loader = m, loader
+        design = loader.design.memory
+        self.room = design.outliers
+        self.panel = Signal(range(design.panels), name="outlier_panel")
+        self.turn = Signal(name="outlier_turn")
+        self.next, self.is_next = Signal(COUNT_BITS, name="next_outlier"), Signal(name="is_outlier")
+        self.left, self.listed = Signal(COUNT_BITS, name="outliers_left"), Signal(COUNT_BITS, name="outliers_listed")
+        self.of_row = Signal(COUNT_BITS, name="outliers_of_row")
+        m.submodules.outlier_places = places = Memory(shape=COUNT_BITS, depth=self.room, init=[])
+        self.write, read = places.write_port(), places.read_port(domain="comb")
+        # How many outliers of each row the chunks before have brought.
+        depth = 1 << (design.rows - 1).bit_length()  # any address is one of it
+        m.submodules.outlier_counts = counts = Memory(shape=COUNT_BITS, depth=depth, init=[])
+        self.count, self.counted = counts.write_port(), counts.read_port(domain="comb")
+        m.d.comb += [
+            read.addr.eq(self.next),
+            self.is_next.eq((self.next < self.listed) & (read.data == steps_done)),
+        ]
+        with m.If(loader.begin & loader.chunk_first):
+            m.d.sync += self.turn.eq(~self.turn)
+
+    def states(self, beat_taken: Value, row: Value) -> None:
+        """How many; then place and value of each."""
+        m, loader = self.m, self.loader
+        stream_, memory = loader.stream, loader.memory
+        m.d.comb += [self.counted.addr.eq(row), self.count.addr.eq(row), self.count.data.eq(self.of_row)]
+        with m.State("COUNT"):
+            m.d.comb += stream_.ready.eq(1)
+            with m.If(beat_taken):
+                m.d.sync += [
+                    self.left.eq(stream_.payload),
+                    self.listed.eq(0),
+                    self.next.eq(0),
+                    self.of_row.eq(Mux(loader.chunk_first, 0, self.counted.data)),
+                ]
+                m.next = "PLACE"
+        with m.State("PLACE"):
+            with m.If(self.left == 0):
+                m.d.comb += self.count.en.eq(1)
+                m.next = "CODES"
+            with m.Else():
+                m.d.comb += stream_.ready.eq(1)
+                with m.If(beat_taken):
+                    m.d.comb += [
+                        self.write.en.eq(1),
+                        self.write.addr.eq(self.listed),
+                        self.write.data.eq(stream_.payload),
+                    ]
+                    m.next = "VALUE"
+        with m.State("VALUE"):
+            m.d.comb += stream_.ready.eq(1)
+            with m.If(beat_taken):
+                m.d.comb += [
+                    memory.outlier_write.eq(1),
+                    memory.outlier_write_at.eq(Mux(loader.by_chunks, self.turn, self.panel) * self.room + self.of_row),
+                    memory.outlier_data.eq(stream_.payload),
+                ]
+                m.d.sync += [
+                    self.left.eq(self.left - 1),
+                    self.listed.eq(self.listed + 1),
+                    self.of_row.eq(self.of_row + 1),
+                ]
+                with m.If(self.of_row >= self.room):
+                    m.d.comb += loader.error.eq(LoadError.MEMORY)
+                m.next = "PLACE"
 
 
 def _largest_exponent(m: Module, halves: list[Value], begins: Value) -> Value:
@@ -364,6 +463,8 @@ class Loader(wiring.Component):
             stationary = program.weights_stationary if operand == "weights" else ~program.weights_stationary
             uses[operand] = use = Use(chunk, allocation, stationary)
             m.submodules[operand] = loader = OperandLoader(design, self.design.beat_bits)
+            if design.memory.outliers:
+                m.d.comb += loader.by_chunks.eq(allocation == Allocation.CHUNKS)
             loaders[operand] = loader
             begins[operand] = Signal(name=f"{operand}_begin")
             advances = Signal(name=f"{operand}_advances")

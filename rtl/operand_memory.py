@@ -25,6 +25,7 @@ class MemoryDesign:
         rows: of the array, or its columns; each has a bank.
         step_bits, group_bits, panel_bits: of a word of a row.
         steps, groups, panels: words of both halves, powers of two.
+        outliers: words of 32 bits beside each panel word, a power of two, or none.
 
     Raises ``InputError`` for other depths.
     """
@@ -36,6 +37,7 @@ class MemoryDesign:
     steps: int = 1024
     groups: int = 128
     panels: int = 8
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "groups", "panels"):
@@ -44,8 +46,13 @@ class MemoryDesign:
                 raise InputError(f"an operand memory with {name} = {depth!r}; expected a power of two")
 
     @property
+    def memories(self) -> dict[str, tuple[int, int]]:
+        """(width, depth) of each memory: of each kind of words, and of the outliers."""
+        return self.kinds | ({"outlier": (32, self.panels * self.outliers)} if self.outliers else {})
+
+    @property
     def kinds(self) -> dict[str, tuple[int, int]]:
-        """(width, depth) of each kind of words."""
+        """(width, depth) of each kind of words that are written and read one after the other."""
         every = {
             "step": (self.step_bits, self.steps),
             "group": (self.group_bits, self.groups),
@@ -101,7 +108,7 @@ class Pointers:
 
 
 class OperandMemory(wiring.Component):
-    """Memories of the three kinds of words, a bank for each row: a write is one row's, a read is all rows'.
+    """Memories of the kinds of words, a bank for each row: a write is one row's, a read is all rows'.
 
     Latency 2 cycles from ``read`` to the word, which stays until the next one; a write is seen by reads from the next
     cycle on.
@@ -115,7 +122,7 @@ class OperandMemory(wiring.Component):
     def __init__(self, design: MemoryDesign) -> None:
         self.design = design
         members: dict[str, wiring.Member] = {"row": In(range(design.rows))}
-        for kind, (width, depth) in design.kinds.items():
+        for kind, (width, depth) in design.memories.items():
             members |= {
                 f"{kind}_write": In(1),
                 f"{kind}_write_at": In(range(depth)),
@@ -128,7 +135,7 @@ class OperandMemory(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for kind, (width, depth) in self.design.kinds.items():
+        for kind, (width, depth) in self.design.memories.items():
             arrives = delayed(m, getattr(self, f"{kind}_read"), 1, f"{kind}_arrives")
             words = []
             for row in range(self.design.rows):

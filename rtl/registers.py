@@ -9,7 +9,7 @@ from amaranth.hdl import Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from termwise.rtl.borders import LAYER
+from termwise.rtl.borders import CENTROIDS, LAYER
 from termwise.rtl.program import PROGRAM
 from termwise.rtl.sequencer import CAUSES
 
@@ -71,6 +71,8 @@ def _registers() -> tuple[Register, ...]:
     for word in range(-(-LAYER.size // WORD_BITS)):
         bits = min(WORD_BITS, LAYER.size - word * WORD_BITS)
         add(f"layer_{word}", "write", bits, f"bits {word * WORD_BITS} to {word * WORD_BITS + bits - 1} of the layer")
+    for number in range(CENTROIDS):
+        add(f"centroid_{number}", "write", WORD_BITS, "FP32; beside GOBO's PEs alone, else there is no such register")
     return tuple(found)
 
 
@@ -120,13 +122,16 @@ class RegisterFile(wiring.Component):
     without a register, a write to one that is only read, and a write of single bytes are answered with SLVERR and
     change nothing.
 
+    ``centroids``: whether it has those registers.
+
     Ports: ``bus``: AXI4-Lite, 32 bits. A port for each register: what it shows (``read``), what it holds (``write``),
     or what has been written in the cycle before (``pulse``).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, centroids: bool) -> None:
+        self.registers = [register for register in REGISTERS if centroids or not register.name.startswith("centroid_")]
         members: dict[str, wiring.Member] = {"bus": In(AXI_LITE)}
-        for register in REGISTERS:
+        for register in self.registers:
             members[register.name] = (In if register.access == "read" else Out)(register.bits)
         super().__init__(members)
 
@@ -140,14 +145,14 @@ class RegisterFile(wiring.Component):
             bus.wready.eq(writes),
             bus.arready.eq(~bus.rvalid),
         ]
-        for register in REGISTERS:
+        for register in self.registers:
             if register.access == "pulse":
                 m.d.sync += getattr(self, register.name).eq(0)
         with m.If(bus.bready):
             m.d.sync += bus.bvalid.eq(0)
         with m.If(writes):
             with m.Switch(bus.awaddr[2:]):
-                for register in REGISTERS:
+                for register in self.registers:
                     if register.access != "read":
                         with m.Case(register.offset // WORD_BYTES):
                             m.d.comb += known.eq(bus.wstrb.all())
@@ -159,7 +164,7 @@ class RegisterFile(wiring.Component):
         with m.If(bus.arvalid & ~bus.rvalid):
             m.d.sync += [bus.rvalid.eq(1), bus.rdata.eq(0), bus.rresp.eq(SLAVE_ERROR)]
             with m.Switch(bus.araddr[2:]):
-                for register in REGISTERS:
+                for register in self.registers:
                     with m.Case(register.offset // WORD_BYTES):
                         shown = 0 if register.access == "pulse" else getattr(self, register.name)
                         m.d.sync += [bus.rdata.eq(shown), bus.rresp.eq(0)]

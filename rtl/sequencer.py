@@ -10,6 +10,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from termwise.rtl.array import ARRAY_CONTROL
+from termwise.rtl.borders import CENTROIDS, ROW_END
 from termwise.rtl.operand_memory import MemoryDesign, Pointers
 from termwise.rtl.processing_element import delayed
 from termwise.rtl.program import COUNT_BITS, PROGRAM, Allocation, Use, Walker, is_last
@@ -26,7 +27,7 @@ ENTRY_CYCLES = 2
 def read_members(design: MemoryDesign) -> dict[str, wiring.Member]:
     """Ports that read from an operand memory."""
     found: dict[str, wiring.Member] = {}
-    for kind, (_, depth) in design.kinds.items():
+    for kind, (_, depth) in design.memories.items():
         found |= {f"{kind}_read": Out(1), f"{kind}_read_at": Out(range(depth))}
     return found
 
@@ -43,6 +44,8 @@ class Sequencer(wiring.Component):
         write_back_busy: it still holds outputs.
         running: there is a layer. ends: in its last cycle.
         cause: which of ``CAUSES`` the cycle is charged to, one bit each.
+        ends_row, row_end: beside GOBO's PEs: ``ROW_END`` of a term that follows a row, with ``control``.
+        most_outliers: likewise, of a row of the tile.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class Sequencer(wiring.Component):
             "ends": Out(1),
             "cause": Out(len(CAUSES)),
         }
+        if weights.outliers:
+            members |= {"ends_row": Out(1), "row_end": Out(ROW_END), "most_outliers": In(16)}
         for operand, design in self.designs.items():
             members |= {
                 operand: Out(wiring.Signature(read_members(design))),
@@ -111,6 +116,10 @@ class Sequencer(wiring.Component):
             odd.eq(Mux(row_begins, 0, row_step[0])),
         ]
 
+        # Terms that follow a row: centroids, outliers, and one more until the last sum is there.
+        has_row_ends = self.designs["weights"].outliers > 0
+        row_end, ends_row, row_end_is_last, release_waits = Signal(ROW_END), Signal(), Signal(), Signal()
+
         # What has arrived; what is released.
         issues = Signal()
         ready = {}
@@ -128,8 +137,13 @@ class Sequencer(wiring.Component):
                 enters.eq(issues & chunk_begins & (term == 0)),
                 advances.eq(enters & use.advances & (allocation != Allocation.RESIDENT)),
                 moved.eq(half ^ advances),
-                getattr(self, f"{operand}_released").eq(issues & last_term & last_of_chunk & use.releases),
             ]
+            releases = issues & last_term & last_of_chunk & use.releases
+            if design.outliers:  # they are read after the row
+                with m.If(issues & last_term & last_of_row):
+                    m.d.sync += release_waits.eq(use.releases)
+                releases = (releases & ~last_of_row) | (row_end_is_last & release_waits)
+            m.d.comb += getattr(self, f"{operand}_released").eq(releases)
             m.d.sync += [
                 there.eq(there + getattr(self, f"{operand}_arrived") - (enters & use.new)),
                 half.eq(moved),
@@ -146,12 +160,35 @@ class Sequencer(wiring.Component):
             moves = {"step": word_ends, "group": group_starts, "panel": row_starts}
             pointers.move(**{kind: moves[kind] for kind in design.kinds})
             port = getattr(self, operand)
+            if design.outliers:
+                panel_read_at = pointers.at["panel"]
             reads = {"step": issues & (term == 0), "group": group_starts, "panel": row_starts}
             for kind in design.kinds:
                 m.d.comb += [
                     getattr(port, f"{kind}_read").eq(reads[kind]),
                     getattr(port, f"{kind}_read_at").eq(pointers.at[kind]),
                 ]
+
+        row_end_place, outliers_done = Signal(COUNT_BITS), Signal(COUNT_BITS)
+        if has_row_ends:
+            design = self.designs["weights"]
+            by_chunks = program.weight_allocation == Allocation.CHUNKS
+            turn, panel = Signal(), Signal(range(design.panels))
+            with m.If(issues & (term == 0) & row_begins):
+                m.d.sync += [turn.eq(~turn), panel.eq(panel_read_at)]
+            centroids = Signal(range(2 * CENTROIDS))
+            m.d.comb += [
+                centroids.eq(1 << program.weight_code_bits[:3]),
+                row_end.number.eq(row_end_place),
+                row_end.centroid.eq(row_end_place < centroids),
+                outliers_done.eq(row_end_place - centroids),
+                row_end.outlier.eq(~row_end.centroid & (outliers_done < self.most_outliers)),
+                row_end_is_last.eq(ends_row & ~row_end.centroid & (outliers_done >= self.most_outliers)),
+                self.weights.outlier_read.eq(ends_row & row_end.outlier),
+                self.weights.outlier_read_at.eq(Mux(by_chunks, turn, panel) * design.outliers + outliers_done),
+                self.ends_row.eq(delayed(m, ends_row, ENTRY_CYCLES, "ends_row")),
+                self.row_end.eq(delayed(m, row_end.as_value(), ENTRY_CYCLES, "row_end")),
+            ]
 
         # The ends of two groups are kept apart.
         since = Signal(range(self.group_distance + 2), init=self.group_distance)
@@ -182,11 +219,11 @@ class Sequencer(wiring.Component):
         m.d.comb += steps_to_go.eq(program.row_steps - Mux(row_begins, 0, row_step) + at_group)
         control = Signal(ARRAY_CONTROL)
         m.d.comb += [
-            control.term.valid.eq(issues),
-            control.term.first.eq((term == 0) & (at_group == 0)),
-            control.term.last.eq(ends_group),
-            control.first_group.eq(in_first_group),
-            control.last_group.eq(steps_to_go <= program.group_steps),
+            control.term.valid.eq(issues | ends_row),
+            control.term.first.eq(issues & (term == 0) & (at_group == 0)),
+            control.term.last.eq(row_end_is_last if has_row_ends else ends_group),
+            control.first_group.eq(in_first_group | ends_row),
+            control.last_group.eq((steps_to_go <= program.group_steps) | ends_row),
             control.number.eq(term),
             control.odd.eq(odd),
             self.control.eq(delayed(m, control.as_value(), ENTRY_CYCLES, "control")),
@@ -231,7 +268,14 @@ class Sequencer(wiring.Component):
                                 last_rows.eq(Mux(ends_rows, program.last_rows, self.full_rows)),
                                 last_columns.eq(Mux(ends_columns, program.last_columns, self.full_columns)),
                             ]
-                            m.next = "DRAIN"
+                            m.next = "ROW_END" if has_row_ends else "DRAIN"
+            if has_row_ends:
+                with m.State("ROW_END"):
+                    m.d.comb += [self.running.eq(1), charged["drain"].eq(1), ends_row.eq(1)]
+                    m.d.sync += row_end_place.eq(row_end_place + 1)
+                    with m.If(row_end_is_last):
+                        m.d.sync += row_end_place.eq(0)
+                        m.next = "DRAIN"
             with m.State("DRAIN"):
                 m.d.comb += [self.running.eq(1), charged["drain"].eq(1)]
                 m.d.sync += left.eq(left - 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ pytest.importorskip("amaranth", reason="the hardware needs termwise[fpga]")
 
 from termwise.algorithms.activations import StaticQuantizer
 from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.formats import activation_format, get_format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
@@ -39,6 +41,9 @@ SHARED = AcceleratorDesign(
         movement="systolic",
     ),
     **SMALL,
+)
+DICTIONARY = AcceleratorDesign(
+    array=ArrayDesign(processing_element=DictionarySpec(), rows=3, columns=2, outliers=8), **SMALL
 )
 
 
@@ -177,6 +182,81 @@ def test_accelerators_of_other_kinds(design: AcceleratorDesign, name: str) -> No
     assert np.array_equal(own.run(tensor, codes).outputs, multiply_integers(spec, tensor, codes).astype(np.float16))
 
 
+# ---- GOBO ----
+
+
+def indices(outputs: int, inputs: int, tokens: int, seed: int = 0) -> tuple[QuantizedTensor, NDArray[np.float16]]:
+    """Indices with up to 6 outliers in a row, of which the first input and the last one; none in every third row."""
+    random = np.random.default_rng(seed)
+    weights = random.uniform(-0.02, 0.02, (outputs, inputs)).astype(np.float32)
+    for row in range(1, outputs, 3):
+        places = random.choice(inputs, 3, replace=False)
+        weights[row, [0, 1, inputs - 1, *places]] = random.uniform(0.3, 0.5, 6)
+        weights[row - 1, places] = -0.4
+    activations = random.standard_normal((tokens, inputs)) * np.exp(random.standard_normal((tokens, inputs)))
+    format = get_format("gobo-w3" if seed % 2 else "gobo-w4")
+    return quantize(weights, format), activations.astype(np.float16)
+
+
+def outliers_by_row(tensor: QuantizedTensor) -> NDArray[np.int64]:
+    return np.bincount(tensor.parts["outlier_positions"] // tensor.shape[1], minlength=tensor.shape[0])
+
+
+@pytest.mark.parametrize("movement", ["broadcast", "systolic"])
+def test_rows_of_indices_end_with_centroids_and_outliers(movement: str) -> None:
+    design = DICTIONARY
+    if movement == "systolic":
+        design = AcceleratorDesign(array=replace(DICTIONARY.array, movement="systolic"), **SMALL)
+    own = driver(design)
+    for place, shape in enumerate([(3, 30, 2), (7, 101, 5), (9, 60, 4), (4, 31, 9), (1, 1, 1)]):
+        tensor, activations = indices(*shape, seed=place)
+        result = own.run(tensor, activations)
+        wanted = expected(design, tensor, activations)
+        assert np.array_equal(result.outputs.view(np.uint16), wanted.view(np.uint16)), shape
+        outputs, _, tokens = shape
+        most = [outliers_by_row(tensor)[first : first + 3].max() for first in range(0, outputs, 3)]
+        # X of the definition: a cycle, the centroids, the outliers of the row that has the most.
+        ends = sum(1 + len(tensor.parts["dictionary"]) + count for count in most)
+        assert result.cycles_by_cause["drain"] == -(-tokens // 2) * (len(most) * design.array.drain_cycles + ends), (
+            shape
+        )
+    assert [*outliers_by_row(indices(7, 101, 5, 1)[0])][:3] == [3, 6, 0]
+
+
+def test_every_schedule_of_indices_gives_the_same_outputs() -> None:
+    """Outliers stay until the end of their rows, whatever is loaded meanwhile, and in whatever chunks they come."""
+    tensor, activations = indices(8, 50, 5, seed=1)
+    image = layer_image(DICTIONARY.array, tensor, activations)
+    wanted = expected(DICTIONARY, tensor, activations)
+    roomy = AcceleratorDesign(array=DICTIONARY.array, weight_words=256, activation_words=256, panels=8)
+    for weights, activations_, stationary, chunk in itertools.product(
+        Allocation, Allocation, (True, False), (50, 24, 8)
+    ):
+        schedule = Schedule(
+            chunk_steps=chunk,
+            panels_per_block=1,
+            weights_stationary=stationary,
+            weight_allocation=weights,
+            activation_allocation=activations_,
+        )
+        for gaps in ((0, 0), (0, 200)):
+            result = driver(roomy, gaps).run_image(image, schedule)
+            assert np.array_equal(result.outputs, wanted), schedule
+
+
+def test_more_outliers_than_there_is_room_for_are_refused() -> None:
+    tensor, activations = indices(3, 60, 2)
+    many, _ = layer("gobo-w4:threshold=1", 3, 200, 2)
+    most = outliers_by_row(many)
+    with pytest.raises(InputError, match=f"row {most.argmax()} has {most.max()} outliers; the array was built for 8"):
+        layer_image(DICTIONARY.array, many, np.zeros((1, 200), np.float16))
+    image = layer_image(DICTIONARY.array, tensor, activations)
+    places, values = np.arange(9), np.ones(9, np.float32)
+    broken = replace(image, outliers=((places, values), *image.outliers[1:]))
+    with pytest.raises(TermwiseError, match="does not fit into its half"):
+        driver(DICTIONARY).run_image(broken, plan(DICTIONARY, image))
+
+
 # ---- bad programming ----
 
 
@@ -277,7 +357,9 @@ def test_registers_read_back_and_others_are_refused() -> None:
     own = driver(PAPER)
     random = np.random.default_rng(0)
     values = {
-        register: int(random.integers(0, 1 << register.bits)) for register in REGISTERS if register.access == "write"
+        register: int(random.integers(0, 1 << register.bits))
+        for register in REGISTERS
+        if register.access == "write" and not register.name.startswith("centroid_")
     }
     for register, value in values.items():
         own.write(register.name, value)
@@ -286,6 +368,8 @@ def test_registers_read_back_and_others_are_refused() -> None:
         own.write("cycles", 1)
     with pytest.raises(TermwiseError, match="no register at 0x"):
         own.transport.read(max(OFFSETS.values()) + 4)
+    with pytest.raises(TermwiseError, match="no register at 0x"):
+        own.read("centroid_0")
 
 
 def test_a_driver_of_another_design_is_refused() -> None:

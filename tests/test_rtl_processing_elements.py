@@ -153,12 +153,13 @@ def test_activations_of_an_index_add_up_and_meet_their_centroid() -> None:
             y += total * centroid
         for place in np.flatnonzero(outlier):
             y += activations[place] * weights[place]
-        operations = np.where(outlier, Operation.NOTHING, Operation.BIN)
+        operations = np.where(outlier, Operation.CAPTURE, Operation.BIN)
         rows = [(int(operations[place]), int(indices[place]), 0.0, activations[place]) for place in range(length)]
         rows += [(Operation.CENTROID, index, centroid, 0.0) for index, centroid in enumerate(centroids)]
-        rows += [(Operation.OUTLIER, 0, weights[place], activations[place]) for place in np.flatnonzero(outlier)]
+        rows += [(Operation.OUTLIER, 0, weights[place], 0.0) for place in np.flatnonzero(outlier)]
+        rows += [(Operation.NOTHING, 1, 1.0, 1.0)]
         words = [
-            int(operation) | int(index) << 2 | int(np.float32(value).view(np.uint32)) << 5
+            int(operation) | int(index) << 3 | int(np.float32(value).view(np.uint32)) << 6
             for operation, index, value, _ in rows
         ]
         control = [1 | (place == 0) << 1 for place in range(len(rows))]
@@ -175,3 +176,5 @@ def test_widths_that_cannot_be_built_are_refused() -> None:
         HalfMac("bfloat16")
     with pytest.raises(InputError, match="an index of 5 bits"):
         DictionaryPe(5)
+    with pytest.raises(InputError, match="room for 24 outliers of a row; expected a power of two"):
+        DictionaryPe(3, 24)
