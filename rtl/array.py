@@ -74,7 +74,7 @@ class ArrayDesign:
     bits: int = 8
     types: tuple[str, ...] = ()
     movement: Movement = "broadcast"
-    outliers: int = 32
+    outliers: int = 128
 
     def __post_init__(self) -> None:
         for name, most in (("rows", 256), ("columns", 256), ("group_inputs", 1 << 16)):

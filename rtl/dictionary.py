@@ -62,7 +62,7 @@ class DictionaryPe(wiring.Component):
 
     latency = HALF_PIPELINE.stages - STAGES_OUTSIDE
 
-    def __init__(self, index_bits: int, outliers: int = 32) -> None:
+    def __init__(self, index_bits: int, outliers: int = 128) -> None:
         if not 1 <= index_bits <= CENTROID_INDEX_BITS:
             raise InputError(f"an index of {index_bits} bits; expected 1 to {CENTROID_INDEX_BITS}")
         check_outliers(outliers)
@@ -82,7 +82,7 @@ class DictionaryPe(wiring.Component):
         m.submodules.bins = bins = Memory(shape=32, depth=1 << self.index_bits, init=[])
         read, write = bins.read_port(domain="comb"), bins.write_port()
         used = Signal(1 << self.index_bits)
-        old = Signal(32)  # the bin, or the activation of an outlier
+        old = Signal(32)
         held = Signal(dictionary_term(self.index_bits))
         activation = Signal(32)
         valid = delayed(m, self.control.valid, 1, "valid")
@@ -105,7 +105,7 @@ class DictionaryPe(wiring.Component):
         ]
         # Activations of outliers: the first one in is the first one out.
         m.submodules.captured = captured = Memory(shape=32, depth=self.outliers, init=[])
-        oldest, newest = captured.read_port(domain="comb"), captured.write_port()
+        oldest, newest = captured.read_port(), captured.write_port()
         captures, uses = Signal(), Signal()
         m.d.comb += [
             captures.eq(valid & (held.operation == Operation.CAPTURE)),
@@ -118,11 +118,11 @@ class DictionaryPe(wiring.Component):
         m.d.sync += [first_captured.eq(first_captured + captures), first_used.eq(first_used + uses)]
         with m.If(starts):
             m.d.sync += [first_captured.eq(0), first_used.eq(0)]
-        m.d.sync += [held.eq(self.weight), activation.eq(self.activation)]
-        with m.If(uses):
-            m.d.sync += old.eq(oldest.data)
-        with m.Else():
-            m.d.sync += old.eq(Mux(forwarded & ~starts, total, Mux(empty, 0, read.data)))
+        m.d.sync += [
+            held.eq(self.weight),
+            activation.eq(self.activation),
+            old.eq(Mux(forwarded & ~starts, total, Mux(empty, 0, read.data))),
+        ]
         with m.If(starts):
             m.d.sync += used.eq(0)
         with m.Elif(adds):
@@ -130,9 +130,11 @@ class DictionaryPe(wiring.Component):
         # Addition to the bin, or the product.
         m.d.comb += total.eq(add(Steps(m, "bin", registered=False), old, activation))
         product = Signal(32)
+        factor = Signal(32)
         begins, finishes = Signal(), Signal()
+        m.d.comb += factor.eq(Mux(held.operation == Operation.OUTLIER, oldest.data, old))
         m.d.sync += [
-            product.eq(multiply(Steps(m, "product", registered=False), old, held.value)),
+            product.eq(multiply(Steps(m, "product", registered=False), factor, held.value)),
             begins.eq((held.operation == Operation.CENTROID) & (held.index == 0)),
             finishes.eq(valid & ((held.operation == Operation.CENTROID) | (held.operation == Operation.OUTLIER))),
         ]

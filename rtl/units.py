@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from termwise.algorithms.bit_serial import BitSerialSpec, Numerics
 from termwise.algorithms.datatypes import get_datatype
+from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import unknown_name
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
@@ -131,6 +132,7 @@ def _units() -> Mapping[str, Unit]:
         _four_by_four("bit_serial_shared_exponent", "shared exponent", aligned, 150),
         _four_by_four("outlier_victim", "codes of 4 bits on both sides", integers, 150, bits=4),
         _four_by_four("fp16_mac", "FP16", Fp16MacSpec(), 40),
+        _four_by_four("dictionary", "GOBO", DictionarySpec(), 40),
         Unit(
             name="accelerator",
             summary="4 × 4 PEs of BitMoD with memories, controller and registers",

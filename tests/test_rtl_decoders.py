@@ -16,8 +16,10 @@ from termwise.algorithms.formats import get_format
 from termwise.algorithms.outlier_victim import pairs_of_types
 from termwise.algorithms.processing_element import UnsupportedFormatError
 from termwise.algorithms.reference import shifted_integer
+from termwise.rtl.borders import CENTROIDS, DictionaryRowBorder
 from termwise.rtl.compiled_model import CompiledModel
-from termwise.rtl.decoders import DictionaryDecoder, ShiftedIntegerDecoder, abfloat_fields
+from termwise.rtl.decoders import CENTROID_INDEX_BITS, ShiftedIntegerDecoder, abfloat_fields
+from termwise.rtl.dictionary import Operation
 from termwise.rtl.proof import DisprovedError, prove
 from termwise.rtl.term_generator import (
     SPECIAL_VALUE,
@@ -273,23 +275,22 @@ def test_special_values_are_those_of_the_format_or_any_other(name: str) -> None:
         assert sum(values) == datatype.numerators[1 << (datatype.bits - 1)], datatype.name
 
 
-def test_an_outlier_is_taken_at_its_position_alone() -> None:
-    decoder = DictionaryDecoder(3, 8)
-    model = CompiledModel(decoder)
-    random = np.random.default_rng(0)
-    outliers = [3, 4, 90, 199]
-    present, indices = [], []
-    codes = random.integers(0, 8, 200)
-    remaining = list(outliers)
-    for position in range(200):
-        ports = {"code": int(codes[position]), "valid": 1, "position": position}
-        if remaining:
-            ports |= {"outlier": remaining[0], "outlier_valid": 1}
-        found = model.run(ports, 1)
-        present.append(int(found["present"][0]))
-        indices.append(int(found["index"][0]))
-        if found["outlier_taken"][0]:
-            remaining.pop(0)
-    assert [position for position in range(199) if not present[position + 1]] == outliers[:3]
-    assert not remaining
-    assert indices[1:] == codes[:-1].tolist()
+def test_what_a_row_does_with_indices_centroids_and_outliers() -> None:
+    """Every code, marked or not; at the end of a row every centroid, then as many outliers as the row has."""
+    model = CompiledModel(DictionaryRowBorder())
+    codes = np.arange(2 << CENTROID_INDEX_BITS)
+    found = model.run({"codes": np.append(codes, 0), "ends": 0})["weight"][1:]
+    marked = codes >> CENTROID_INDEX_BITS
+    operation, index = found & 7, found >> 3 & 15
+    assert (operation == np.where(marked, Operation.CAPTURE, Operation.BIN)).all()
+    assert (index == codes % CENTROIDS).all()
+    for own, most in ((0, 0), (0, 2), (3, 5), (5, 5)):
+        end = [1 | number << 2 for number in range(CENTROIDS)] + [2] * most + [0]
+        values = list(range(1000, 1000 + len(end)))
+        model.run({"ends": 0}, 1)
+        ports = {"ends": 1, "outliers": own | most << 16, "row_end": end, "centroid": values, "outlier": values}
+        found = np.append(model.run(ports)["weight"][1:], model.run({"ends": 0}, 1)["weight"])
+        wanted = [Operation.CENTROID] * CENTROIDS + [Operation.OUTLIER] * own + [Operation.NOTHING] * (most - own + 1)
+        assert (found & 7).tolist() == wanted
+        assert (found[:CENTROIDS] >> 3 & 15).tolist() == list(range(CENTROIDS))
+        assert (found[: CENTROIDS + own] >> 7).tolist() == values[: CENTROIDS + own]
