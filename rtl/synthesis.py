@@ -102,7 +102,7 @@ _XILINX: dict[str, Any] = {
 _NO_XILINX = "no place and route: nextpnr has no device of the family, so there is no clock"
 
 _TIMING_FIRST = ("--placer-heap-timingweight", "30", "--placer-heap-critexp", "4")
-"""By its defaults the placer leaves a few paths of an array long: three seeds of one array gave 116, 119 and 130 MHz."""
+"""By its defaults the placer leaves a few paths of an array long: three seeds gave 116, 119 and 130 MHz."""
 
 TARGETS: Mapping[str, Target] = {
     target.name: target

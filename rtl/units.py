@@ -75,7 +75,15 @@ def _accumulator() -> ColumnAccumulator:
     return ColumnAccumulator(AccumulatorParts(integer_bits=23, channel_scales=True))
 
 
-def _four_by_four(kind: str, summary: str, spec: ProcessingElementSpec, megahertz: int, bits: int = 8) -> Unit:
+def _four_by_four(
+    kind: str,
+    summary: str,
+    spec: ProcessingElementSpec,
+    megahertz: int,
+    bits: int = 8,
+    *,
+    has_memories: bool = False,
+) -> Unit:
     types = BITMOD_TYPES if isinstance(spec, BitSerialSpec) else ()
     design = ArrayDesign(processing_element=spec, rows=4, columns=4, types=types, bits=bits)
     return Unit(
@@ -84,6 +92,7 @@ def _four_by_four(kind: str, summary: str, spec: ProcessingElementSpec, megahert
         kind="array",
         build=lambda: Array(design),
         megahertz=megahertz,
+        has_memories=has_memories,
     )
 
 
@@ -132,7 +141,7 @@ def _units() -> Mapping[str, Unit]:
         _four_by_four("bit_serial_shared_exponent", "shared exponent", aligned, 150),
         _four_by_four("outlier_victim", "codes of 4 bits on both sides", integers, 150, bits=4),
         _four_by_four("fp16_mac", "FP16", Fp16MacSpec(), 40),
-        _four_by_four("dictionary", "GOBO", DictionarySpec(), 40),
+        _four_by_four("dictionary", "GOBO", DictionarySpec(), 40, has_memories=True),
         Unit(
             name="accelerator",
             summary="4 × 4 PEs of BitMoD with memories, controller and registers",
