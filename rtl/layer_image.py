@@ -26,6 +26,8 @@ from termwise.rtl.decoders import abfloat_fields
 from termwise.rtl.term_generator import SPECIAL_VALUE, WeightType, special_code, special_value_bits
 
 Packed = NDArray[np.uint8]
+RowOutliers = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Places among the inputs of a row, ascending, and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class LayerImage:
         column_scales: FP16 [tokens]; 1 where there are none.
         layer: the bits of ``LAYER``.
         centroids: FP32 [centroids], of a dictionary.
-        outliers: of each row, in order, its places among the inputs and its values (FP32).
+        outliers: of each row, of a dictionary.
     """
 
     rows: int
@@ -66,7 +68,7 @@ class LayerImage:
     column_scales: NDArray[np.float16]
     layer: int
     centroids: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    outliers: tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...] = ()
+    outliers: tuple[RowOutliers, ...] = ()
 
     @property
     def row_tiles(self) -> int:
@@ -105,7 +107,8 @@ def layer_image(
     path = design.datapath
     spec = design.processing_element
     terms = spec.cycles_per_step(tensor.format)
-    centroids, outliers = np.zeros(0, np.float32), ()
+    centroids: NDArray[np.float32] = np.zeros(0, np.float32)
+    outliers: tuple[RowOutliers, ...] = ()
     outputs, inputs = tensor.shape
     tokens = activations.shape[0]
     if activations.shape[1] != inputs:
@@ -122,7 +125,8 @@ def layer_image(
         layer, group_inputs = {}, inputs
         groups, channel = np.zeros((outputs, 0), np.uint32), np.ones(outputs, np.float32)
         weights, bits = tensor.parts["codes"], tensor.format.weight_bits
-        centroids, outliers = tensor.parts["dictionary"].astype(np.float32), _outliers(tensor, path.outliers)
+        centroids = tensor.parts["dictionary"].astype(np.float32)
+        outliers = _outliers(tensor, path.outliers)
     else:
         assert isinstance(path, BitParallelDatapath)
         layer, groups, channel, group_inputs = _bit_parallel(path, tensor)
@@ -167,7 +171,7 @@ def layer_image(
     )
 
 
-def _outliers(tensor: QuantizedTensor, room: int) -> tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...]:
+def _outliers(tensor: QuantizedTensor, room: int) -> tuple[RowOutliers, ...]:
     """Places and values of the outliers of every row of GOBO's weights."""
     outputs, inputs = tensor.shape
     positions = tensor.parts["outlier_positions"].astype(np.int64)
