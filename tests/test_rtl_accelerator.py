@@ -17,6 +17,7 @@ from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import InputError, TermwiseError
 from termwise.algorithms.formats import activation_format, get_format
 from termwise.algorithms.fp16_mac import Fp16MacSpec
+from termwise.algorithms.models import open_model
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.algorithms.reference import multiply, multiply_integers
@@ -42,9 +43,7 @@ SHARED = AcceleratorDesign(
     ),
     **SMALL,
 )
-DICTIONARY = AcceleratorDesign(
-    array=ArrayDesign(processing_element=DictionarySpec(), rows=3, columns=2, outliers=8), **SMALL
-)
+DICTIONARY = AcceleratorDesign(array=ArrayDesign(processing_element=DictionarySpec(), rows=3, columns=2), **SMALL)
 
 
 @functools.cache
@@ -244,14 +243,26 @@ def test_every_schedule_of_indices_gives_the_same_outputs() -> None:
             assert np.array_equal(result.outputs, wanted), schedule
 
 
+def test_a_real_layer_of_indices_is_that_of_the_reference() -> None:
+    """Keys of the embedded model: a row of them has 70 outliers."""
+    model = open_model("tiny")
+    name = "model.layers.3.self_attn.k_proj"
+    weights = dict(model.matrices())[name]
+    tensor = quantize(weights, get_format("gobo-w3"))
+    assert outliers_by_row(tensor).max() > 50
+    activations = np.random.default_rng(0).standard_normal((2, tensor.shape[1])).astype(np.float16)
+    found = driver(DICTIONARY).run(tensor, activations).outputs
+    assert np.array_equal(found.view(np.uint16), expected(DICTIONARY, tensor, activations).view(np.uint16))
+
+
 def test_more_outliers_than_there_is_room_for_are_refused() -> None:
-    tensor, activations = indices(3, 60, 2)
-    many, _ = layer("gobo-w4:threshold=1", 3, 200, 2)
+    tensor, activations = indices(3, 160, 2)
+    many, _ = layer("gobo-w4:threshold=1", 3, 1200, 2)
     most = outliers_by_row(many)
-    with pytest.raises(InputError, match=f"row {most.argmax()} has {most.max()} outliers; the array was built for 8"):
-        layer_image(DICTIONARY.array, many, np.zeros((1, 200), np.float16))
+    with pytest.raises(InputError, match=f"row {most.argmax()} has {most.max()} outliers; the array was built for 128"):
+        layer_image(DICTIONARY.array, many, np.zeros((1, 1200), np.float16))
     image = layer_image(DICTIONARY.array, tensor, activations)
-    places, values = np.arange(9), np.ones(9, np.float32)
+    places, values = np.arange(129), np.ones(129, np.float32)
     broken = replace(image, outliers=((places, values), *image.outliers[1:]))
     with pytest.raises(TermwiseError, match="does not fit into its half"):
         driver(DICTIONARY).run_image(broken, plan(DICTIONARY, image))
