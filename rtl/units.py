@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from termwise.algorithms.bit_serial import BitSerialSpec, Numerics
 from termwise.algorithms.datatypes import get_datatype
-from termwise.algorithms.dictionary import DictionarySpec
 from termwise.algorithms.errors import unknown_name
 from termwise.algorithms.fp16_mac import Fp16MacSpec
 from termwise.algorithms.outlier_victim import OutlierVictimSpec
@@ -75,15 +74,7 @@ def _accumulator() -> ColumnAccumulator:
     return ColumnAccumulator(AccumulatorParts(integer_bits=23, channel_scales=True))
 
 
-def _four_by_four(
-    kind: str,
-    summary: str,
-    spec: ProcessingElementSpec,
-    megahertz: int,
-    bits: int = 8,
-    *,
-    has_memories: bool = False,
-) -> Unit:
+def _four_by_four(kind: str, summary: str, spec: ProcessingElementSpec, megahertz: int, bits: int = 8) -> Unit:
     types = BITMOD_TYPES if isinstance(spec, BitSerialSpec) else ()
     design = ArrayDesign(processing_element=spec, rows=4, columns=4, types=types, bits=bits)
     return Unit(
@@ -92,7 +83,6 @@ def _four_by_four(
         kind="array",
         build=lambda: Array(design),
         megahertz=megahertz,
-        has_memories=has_memories,
     )
 
 
@@ -141,7 +131,6 @@ def _units() -> Mapping[str, Unit]:
         _four_by_four("bit_serial_shared_exponent", "shared exponent", aligned, 150),
         _four_by_four("outlier_victim", "codes of 4 bits on both sides", integers, 150, bits=4),
         _four_by_four("fp16_mac", "FP16", Fp16MacSpec(), 40),
-        _four_by_four("dictionary", "GOBO", DictionarySpec(), 40, has_memories=True),
         Unit(
             name="accelerator",
             summary="4 × 4 PEs of BitMoD with memories, controller and registers",
