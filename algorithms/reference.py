@@ -240,13 +240,11 @@ def composed_product(weight: tuple[int, int], activation: tuple[int, int]) -> in
     return sum(partial_products) << (weight[1] + activation[1])
 
 
-def integer_operands(
-    spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor
-) -> tuple[WeightOperands, WeightOperands]:
-    """The operands of a PE with integer activations: [outputs, inputs] and [tokens, inputs].
+def check_integer_operands(spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor) -> None:
+    """Raises ``InputError`` for what is no product of a PE with integer activations.
 
-    Raises ``InputError``: another PE, a format that it does not take, or activations that are not in the format that
-    belongs to that of the weights, or have another number of inputs.
+    That is another PE, a format that it does not take, or activations that are not in the format that belongs to that
+    of the weights, or have another number of inputs.
     """
     if not isinstance(spec, BitParallelSpec) or spec.activations != "integer":
         raise InputError(f"the {spec.kind} PE takes FP16 activations; expected one with integer activations")
@@ -258,6 +256,16 @@ def integer_operands(
             f"activations {activations.format.name} {list(activations.shape)}; "
             f"expected {wanted} [tokens, {weights.shape[1]}]"
         )
+
+
+def integer_operands(
+    spec: ProcessingElementSpec, weights: QuantizedTensor, activations: QuantizedTensor
+) -> tuple[WeightOperands, WeightOperands]:
+    """The operands of a PE with integer activations: [outputs, inputs] and [tokens, inputs].
+
+    Raises ``InputError`` as ``check_integer_operands``.
+    """
+    check_integer_operands(spec, weights, activations)
     return weight_operands(weights), weight_operands(activations)
 
 

@@ -117,22 +117,26 @@ def rounded(steps: Steps, negative: Value, exponent: Value, significand: Value) 
 def add(steps: Steps, left: Value, right: Value) -> Value:
     """left + right in ``ADDITION_CYCLES`` steps. A NaN is 0x7fc00000."""
     a, b = data.View(FLOAT32, left), data.View(FLOAT32, right)
-    # 1: the larger magnitude first; what is not finite.
-    swap = steps.signal(right[:31] > left[:31], "swap")
+    # 1: which magnitude is larger; the distances either way; what is not finite. Nothing behind the comparison but its
+    # register: 64 multiplexers would hang on it.
     infinite = [number.exponent.all() for number in (a, b)]
     nan = [one & number.fraction.any() for one, number in zip(infinite, (a, b), strict=True)]
     subtract = a.negative ^ b.negative
-    large, small, subtract, special, is_nan = steps.end(
-        large=Mux(swap, right, left),
-        small=Mux(swap, left, right),
+    (_, exponent_left, _), (_, exponent_right, _) = unpack(left), unpack(right)
+    swap, left, right, far_left, far_right, subtract, special, is_nan = steps.end(
+        swap=right[:31] > left[:31],
+        left=left,
+        right=right,
+        far_left=(exponent_left - exponent_right)[:8],
+        far_right=(exponent_right - exponent_left)[:8],
         subtract=subtract,
         special=infinite[0] | infinite[1],
         nan=nan[0] | nan[1] | (infinite[0] & infinite[1] & subtract),
     )
-    negative, exponent, significand = unpack(large)
-    _, exponent_small, significand_small = unpack(small)
-    # 2: the distance; from 32 on nothing but a sticky bit is left.
-    far = steps.signal((exponent - exponent_small)[:8], "far")
+    # 2: the larger magnitude first; from a distance of 32 on nothing but a sticky bit is left.
+    negative, exponent, significand = unpack(steps.signal(Mux(swap, right, left), "large"))
+    _, _, significand_small = unpack(steps.signal(Mux(swap, left, right), "small"))
+    far = steps.signal(Mux(swap, far_right, far_left), "far")
     distance, negative, exponent, significand, significand_small, subtract, special, is_nan = steps.end(
         distance=Cat(far[:5], far[5:].any()),
         negative=negative,
