@@ -145,12 +145,7 @@ def _with_address_sanitizer(script: str, folder: Path) -> subprocess.CompletedPr
     ).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("the compiler has no AddressSanitizer")
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "TERMWISE_FOLDER": str(folder),
-    }
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "FOLDER": str(folder)}
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=500, check=False
     )
