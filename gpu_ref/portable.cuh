@@ -32,6 +32,7 @@ static_assert(sizeof(i32) == 4 && sizeof(i64) == 8 && sizeof(void *) == 8, "the 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 
 #define ON_GPU 1
+#define UNROLL _Pragma("unroll")
 #define KERNEL(name, Arguments)  // an extern "C" function is an entry as it is
 #define ENTRY extern "C" __global__
 
@@ -60,6 +61,53 @@ __device__ inline float fused_multiply_add(float factor, float other, float adde
     return __fmaf_rn(factor, other, addend);
 }
 
+// Four 32-bit words, read once: past the first-level cache.
+struct alignas(16) Quad {
+    u32 word[4];
+};
+struct alignas(8) Pair {
+    u32 word[2];
+};
+__device__ inline Quad stream(const Quad *place) {
+    Quad found;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(found.word[0]), "=r"(found.word[1]), "=r"(found.word[2]), "=r"(found.word[3])
+                 : "l"(place));
+    return found;
+}
+__device__ inline Pair stream(const Pair *place) {
+    Pair found;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(found.word[0]), "=r"(found.word[1])
+                 : "l"(place));
+    return found;
+}
+
+// sums[16, 8] += left[16, 16] * right[16, 8] by the warp, in the fragments of mma.m16n8k16: exact products of FP16 or
+// BF16 numbers, FP32 sums whose order and rounding are the tensor core's.
+template <bool BFLOAT> __device__ inline void multiply_tiles(float (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
+    if (BFLOAT)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                     "{%0, %1, %2, %3};"
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                     : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                     "{%0, %1, %2, %3};"
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                     : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+}
+
+// left + right of two FP16 or BF16 numbers in a word each, rounded to the nearest.
+template <bool BFLOAT> __device__ inline u32 add_two(u32 left, u32 right) {
+    u32 found;
+    if (BFLOAT)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(0x3f803f80), "r"(right));
+    else
+        asm("add.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+    return found;
+}
+
 #else  // the twin
 
 #include <csetjmp>
@@ -80,6 +128,7 @@ __device__ inline float fused_multiply_add(float factor, float other, float adde
 #endif
 
 #define ON_GPU 0
+#define UNROLL
 #define ENTRY static
 #define __global__
 #define __device__
@@ -124,6 +173,8 @@ struct Fiber {
     }
 };
 
+constexpr u32 SHOWN = 6;  // as many as the fragments of a matrix product
+
 // One block at a time; of every core one.
 struct Block {
     void (*run)(const void *) = nullptr;
@@ -132,7 +183,7 @@ struct Block {
     std::vector<Fiber *> idle;
     std::vector<Fiber *> fiber_of;  // by thread
     std::vector<State> states;      // by thread
-    std::vector<u32> exchanged;     // by thread: what it shows to its warp
+    std::vector<u32> exchanged;     // by thread: what it shows to its warp, SHOWN words
     u32 current = 0;
 #if defined(__SANITIZE_ADDRESS__)
     ucontext_t scheduler;
@@ -221,7 +272,7 @@ inline int run_block() {
     const u32 threads = block_size.x * block_size.y * block_size.z;
     block->states.assign(threads, FRESH);
     block->fiber_of.assign(threads, nullptr);
-    block->exchanged.assign(threads, 0);
+    block->exchanged.assign(threads * SHOWN, 0);
     for (u32 ended = 0; ended < threads;) {
         bool moved = false;
         for (u32 thread = 0; thread < threads; ++thread) {
@@ -280,11 +331,11 @@ inline int launch(
 template <typename T> inline T exchange(T value, u32 source_lane) {
     static_assert(sizeof(T) == 4 && std::is_trivially_copyable<T>::value, "a shuffle takes 32 bits");
     const u32 warp = block->current / WARP_LANES * WARP_LANES;
-    memcpy(&block->exchanged[block->current], &value, 4);
+    memcpy(&block->exchanged[block->current * SHOWN], &value, 4);
     wait(AT_WARP);
     const u32 source = warp + source_lane % WARP_LANES;
     T found = value;
-    if (source < block->exchanged.size()) memcpy(&found, &block->exchanged[source], 4);
+    if (source < block->states.size()) memcpy(&found, &block->exchanged[source * SHOWN], 4);
     wait(AT_WARP);
     return found;
 }
@@ -345,6 +396,53 @@ inline float fused_multiply_add(float factor, float other, float addend) {
     return __builtin_fmaf(factor, other, addend);
 }
 
+inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+    const u64 bytes = (u64)high << 32 | low;
+    u32 found = 0;
+    for (u32 place = 0; place < 4; ++place) {
+        const u32 chosen = selector >> 4 * place & 15;
+        u32 byte = bytes >> 8 * (chosen & 7) & 255;
+        if (chosen & 8) byte = byte & 128 ? 255 : 0;
+        found |= byte << 8 * place;
+    }
+    return found;
+}
+
+struct alignas(16) Quad {
+    u32 word[4];
+};
+struct alignas(8) Pair {
+    u32 word[2];
+};
+template <typename T> inline T stream(const T *place) { return *place; }
+
+template <bool BFLOAT> inline float half_of_pair(u32 pair, u32 place) {
+    const u16 bits = (u16)(pair >> 16 * place);
+    return BFLOAT ? float_of_bits((u32)bits << 16) : half_to_float(bits);
+}
+
+// The tensor core's sums are the twin's in FP64, rounded once.
+template <bool BFLOAT> inline void multiply_tiles(float (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
+    u32 *shown = &twin::block->exchanged[twin::block->current * twin::SHOWN];
+    for (u32 part = 0; part < 4; ++part) shown[part] = left[part];
+    shown[4] = right_0;
+    shown[5] = right_1;
+    twin::wait(twin::AT_WARP);
+    const u32 warp = twin::block->current / WARP_LANES * WARP_LANES, lane = twin::lane();
+    for (u32 part = 0; part < 4; ++part) {
+        const u32 row = lane / 4 + part / 2 * 8, column = lane % 4 * 2 + part % 2;
+        double sum = sums[part];
+        for (u32 inner = 0; inner < 16; ++inner) {
+            const u32 of_left = warp + row % 8 * 4 + inner % 8 / 2, of_right = warp + column * 4 + inner % 8 / 2;
+            const u32 left_pair = twin::block->exchanged[of_left * twin::SHOWN + row / 8 + inner / 8 * 2];
+            const u32 right_pair = twin::block->exchanged[of_right * twin::SHOWN + 4 + inner / 8];
+            sum += (double)half_of_pair<BFLOAT>(left_pair, inner % 2) * half_of_pair<BFLOAT>(right_pair, inner % 2);
+        }
+        sums[part] = (float)sum;
+    }
+    twin::wait(twin::AT_WARP);
+}
+
 template <typename T> inline T min(T left, T right) { return right < left ? right : left; }
 template <typename T> inline T max(T left, T right) { return left < right ? right : left; }
 
@@ -358,5 +456,23 @@ template <typename T> inline T max(T left, T right) { return left < right ? righ
 
 #endif
 
-// FP32 number nearest to a BF16 one: the upper half of its bits, exact.
+// FP32 of a BF16 number: the upper half of its bits, exact.
 __device__ inline float bfloat_to_float(u16 bits) { return float_of_bits((u32)bits << 16); }
+
+// Bits of the BF16 number nearest to an FP32 number, of ties the even one.
+__device__ inline u16 float_to_bfloat(float value) {
+    const u32 bits = bits_of_float(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (u16)(bits >> 16 | 64);  // a NaN stays one
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#if !ON_GPU
+template <bool BFLOAT> inline u32 add_two(u32 left, u32 right) {
+    u32 found = 0;
+    for (u32 place = 0; place < 2; ++place) {
+        const float sum = half_of_pair<BFLOAT>(left, place) + half_of_pair<BFLOAT>(right, place);
+        found |= (u32)(BFLOAT ? float_to_bfloat(sum) : float_to_half(sum)) << 16 * place;
+    }
+    return found;
+}
+#endif
