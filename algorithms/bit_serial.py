@@ -25,7 +25,7 @@ says; an extreme of the other sign saturates.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -262,18 +262,26 @@ def quantize_scales(scales: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDA
     return np.clip(np.rint(scales / channel[:, None]), 1, SCALE_MAX).astype(np.uint8), channel
 
 
-def fit(weights: grid.Weights, format: Format) -> Parts:
-    """``selectors`` (where there is a choice), ``group_scales`` and ``channel_scales`` of [outputs, inputs]."""
+def fit(
+    weights: grid.Weights,
+    format: Format,
+    choose_types: Callable[..., tuple[NDArray[np.uint8], NDArray[np.float32]]] = grid.choose,
+    settle: Callable[..., NDArray[np.uint8]] = grid.settle,
+) -> Parts:
+    """``selectors`` (where there is a choice), ``group_scales`` and ``channel_scales`` of [outputs, inputs].
+
+    ``choose_types`` and ``settle`` are functions of ``grid``, or others that return the same.
+    """
     parts = empty_parts(weights, format)
     group_size = format.group_size or weights.shape[1]
     maxima = np.array([datatype.maximum for datatype in format.datatypes])
     tables = grid_tables(format.datatypes)
     for rows, block in grid.row_blocks(weights):
-        chosen, largest = choose(block, group_size, format)
+        chosen, largest = choose(block, group_size, format, choose_types)
         group_scales, channel_scales = quantize_scales(largest.astype(np.float64) / maxima[chosen])
         if format.weight_bits in SPECIAL_WIDTHS and format.option("compat") != AUTHORS:
             units = channel_scales.astype(np.float64) / tables.units[0]
-            group_scales = grid.settle(block, group_size, largest, chosen, units, SCALE_MAX, format.datatypes, tables)
+            group_scales = settle(block, group_size, largest, chosen, units, SCALE_MAX, format.datatypes, tables)
         greatest = group_scales.astype(np.float64) * channel_scales.astype(np.float64)[:, None] * maxima[chosen]
         if greatest.max() > np.finfo(np.float32).max:
             raise InputError(f"a level of {greatest.max():.4g}; expected weights whose levels are FP32 numbers")
@@ -284,14 +292,17 @@ def fit(weights: grid.Weights, format: Format) -> Parts:
 
 
 def choose(
-    weights: NDArray[np.float32], group_size: int, format: Format
+    weights: NDArray[np.float32],
+    group_size: int,
+    format: Format,
+    choose_types: Callable[..., tuple[NDArray[np.uint8], NDArray[np.float32]]],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Index of every group's data type, uint8 [rows, groups], and its largest magnitude, float32 [rows, groups]."""
     if len(format.datatypes) == 1:
         starts = np.arange(0, weights.shape[1], group_size)
         largest = np.maximum.reduceat(np.abs(weights), starts, axis=1)
         return np.zeros(largest.shape, dtype=np.uint8), largest
-    chosen, largest = grid.choose(weights, group_size, format.datatypes, grid_tables(format.datatypes))
+    chosen, largest = choose_types(weights, group_size, format.datatypes, grid_tables(format.datatypes))
     if format.option("compat") == AUTHORS:
         chosen = authors_choice(weights, group_size, format.datatypes)
     return chosen, largest

@@ -31,6 +31,7 @@ sample beforehand (``calibrate``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -140,11 +141,25 @@ def _decode(
             decoded[row, column] = np.float32(level * scales[row, column // group_size])
 
 
-def fit(weights: grid.Weights, format: Format) -> Parts:
+def group_reach(block: NDArray[np.float32], group_size: int, groups: int) -> NDArray[np.float64]:
+    """max |mean ± 3 standard deviations| of every group of ``block`` [rows, columns]: float64 [rows, groups]."""
+    reach = np.empty((block.shape[0], groups))
+    _reach(block, group_size, reach)
+    return reach
+
+
+def fit(
+    weights: grid.Weights,
+    format: Format,
+    reach_of: Callable[..., NDArray[np.float64]] = group_reach,
+    search: Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]] = best_scales,
+) -> Parts:
     """``scales`` and ``matrix_type`` of ``weights`` [outputs, inputs].
 
-    ``matrix_type`` is an index into ``pairs_of_types``: 0 at 8 bits, where there is one choice. Raises ``InputError``
-    for a group whose least candidate is no FP16 number.
+    ``matrix_type`` is an index into ``pairs_of_types``: 0 at 8 bits, where there is one choice. ``reach_of`` and
+    ``search`` are ``group_reach`` and ``best_scales``, or others that return the same.
+
+    Raises ``InputError`` for a group whose least candidate is no FP16 number.
     """
     parts = empty_parts(weights, format)
     outputs, inputs = weights.shape
@@ -153,10 +168,9 @@ def fit(weights: grid.Weights, format: Format) -> Parts:
     scales = np.empty((len(choices), outputs, format.groups(inputs)), dtype=np.float16)
     totals = np.zeros(len(choices))
     for rows, block in grid.row_blocks(weights):
-        reach = np.empty((block.shape[0], scales.shape[2]))
-        _reach(block, group_size, reach)
+        reach = reach_of(block, group_size, scales.shape[2])
         for index, (normal, outlier) in enumerate(choices):
-            found, errors = best_scales(block, group_size, reach, SEARCH_PERCENT, normal, outlier)
+            found, errors = search(block, group_size, reach, SEARCH_PERCENT, normal, outlier)
             scales[index, rows] = found
             totals[index] += errors.sum()
     best = int(np.argmin(totals))

@@ -177,6 +177,14 @@ class QuantizationError:
     sqnr_db: float
 
 
+def check_weights(weights: Weights, name: str) -> None:
+    """Raises ``InputError`` unless the ``weights`` of that ``name`` are a float16 or float32 matrix with elements."""
+    if weights.ndim != 2 or 0 in weights.shape:
+        raise InputError(f"{name} has the shape {list(weights.shape)}; expected a matrix [outputs, inputs]")
+    if weights.dtype not in (np.float16, np.float32):
+        raise InputError(f"{name} is {weights.dtype}; expected float16 or float32 weights")
+
+
 def quantize(weights: Weights, format: Format | str, *, name: str = "weights") -> QuantizedTensor:
     """Quantize ``weights``, float16 or float32 [outputs, inputs], to ``format`` or to the format of that name.
 
@@ -184,10 +192,7 @@ def quantize(weights: Weights, format: Format | str, *, name: str = "weights") -
     infinity in it, or values beyond what the format's scales can express.
     """
     format = get_format(format) if isinstance(format, str) else format
-    if weights.ndim != 2 or 0 in weights.shape:
-        raise InputError(f"{name} has the shape {list(weights.shape)}; expected a matrix [outputs, inputs]")
-    if weights.dtype not in (np.float16, np.float32):
-        raise InputError(f"{name} is {weights.dtype}; expected float16 or float32 weights")
+    check_weights(weights, name)
     stored = weights.T if format.groups_along_outputs else weights
     try:
         parts = _pack(stored, format.along_inputs)

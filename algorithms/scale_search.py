@@ -238,6 +238,18 @@ def positive_levels(datatype: DataType) -> tuple[NDArray[np.float64], NDArray[np
     return np.array([level for level, _ in found]), np.array([code for _, code in found], dtype=np.uint8)
 
 
+def candidate_factors(reach: NDArray[np.float64], percents: Sequence[int], datatype: DataType) -> NDArray[np.float64]:
+    """What a group's reach is multiplied by to become a candidate: percent / 100 / largest level, float64 [percents].
+
+    Raises ``InputError`` for a group whose least candidate is above 65504.
+    """
+    factors: NDArray[np.float64] = np.array(percents) / 100 / datatype.maximum
+    needed = reach.max() * factors[0]
+    if needed > HALF_MAX:
+        raise InputError(f"a group needs the scale {needed:.4g}; expected at most 65504, the largest FP16 number")
+    return factors
+
+
 def best_scales(
     weights: NDArray[np.float32],
     group_size: int,
@@ -262,10 +274,7 @@ def best_scales(
     Raises:
         InputError: a group whose least candidate is above 65504. Greater candidates become 65504.
     """
-    factors = np.array(percents) / 100 / datatype.maximum
-    needed = reach.max() * factors[0]
-    if needed > HALF_MAX:
-        raise InputError(f"a group needs the scale {needed:.4g}; expected at most 65504, the largest FP16 number")
+    factors = candidate_factors(reach, percents, datatype)
     levels, codes = np.empty(0), np.empty(0, dtype=np.uint8)
     if outlier is not None:
         levels, codes = positive_levels(outlier)

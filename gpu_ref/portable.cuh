@@ -42,6 +42,7 @@ static_assert(sizeof(i32) == 4 && sizeof(i64) == 8 && sizeof(void *) == 8, "the 
 __device__ inline float float_of_bits(u32 bits) { return __uint_as_float(bits); }
 __device__ inline u32 bits_of_float(float value) { return __float_as_uint(value); }
 __device__ inline double double_of_bits(u64 bits) { return __longlong_as_double((i64)bits); }
+__device__ inline u64 bits_of_double(double value) { return (u64)__double_as_longlong(value); }
 
 // FP32 of an FP16 number given by its bits, exact.
 __device__ inline float half_to_float(u16 bits) {
@@ -115,6 +116,7 @@ template <bool BFLOAT> __device__ inline u32 add_two(u32 left, u32 right) {
 #include <cstring>
 
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -380,6 +382,11 @@ inline double double_of_bits(u64 bits) {
     double value;
     memcpy(&value, &bits, 8);
     return value;
+}
+inline u64 bits_of_double(double value) {
+    u64 bits;
+    memcpy(&bits, &value, 8);
+    return bits;
 }
 inline float half_to_float(u16 bits) {
     _Float16 half;
