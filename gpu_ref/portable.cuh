@@ -99,6 +99,14 @@ template <bool BFLOAT> __device__ inline void multiply_tiles(float (&sums)[4], c
                      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
 }
 
+// sums[16, 8] += ones in both of left[16, 256] and right[256, 8], bits, in the fragments of mma.m16n8k256; exact.
+__device__ inline void count_common_bits(i32 (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
+    asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+}
+
 // left + right of two FP16 or BF16 numbers in a word each, rounded to the nearest.
 template <bool BFLOAT> __device__ inline u32 add_two(u32 left, u32 right) {
     u32 found;
@@ -428,24 +436,43 @@ template <bool BFLOAT> inline float half_of_pair(u32 pair, u32 place) {
     return BFLOAT ? float_of_bits((u32)bits << 16) : half_to_float(bits);
 }
 
+// What the lanes of a warp hold of a product of fragments, [lane][SHOWN], once all have shown theirs. Whoever has read it
+// waits for the warp again.
+inline const u32 *shown_fragments(const u32 (&left)[4], u32 right_0, u32 right_1) {
+    u32 *mine = &twin::block->exchanged[twin::block->current * twin::SHOWN];
+    for (u32 part = 0; part < 4; ++part) mine[part] = left[part];
+    mine[4] = right_0;
+    mine[5] = right_1;
+    twin::wait(twin::AT_WARP);
+    return &twin::block->exchanged[twin::block->current / WARP_LANES * WARP_LANES * twin::SHOWN];
+}
+
 // The tensor core's sums are the twin's in FP64, rounded once.
 template <bool BFLOAT> inline void multiply_tiles(float (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
-    u32 *shown = &twin::block->exchanged[twin::block->current * twin::SHOWN];
-    for (u32 part = 0; part < 4; ++part) shown[part] = left[part];
-    shown[4] = right_0;
-    shown[5] = right_1;
-    twin::wait(twin::AT_WARP);
-    const u32 warp = twin::block->current / WARP_LANES * WARP_LANES, lane = twin::lane();
+    const u32 *shown = shown_fragments(left, right_0, right_1);
     for (u32 part = 0; part < 4; ++part) {
-        const u32 row = lane / 4 + part / 2 * 8, column = lane % 4 * 2 + part % 2;
+        const u32 row = twin::lane() / 4 + part / 2 * 8, column = twin::lane() % 4 * 2 + part % 2;
         double sum = sums[part];
         for (u32 inner = 0; inner < 16; ++inner) {
-            const u32 of_left = warp + row % 8 * 4 + inner % 8 / 2, of_right = warp + column * 4 + inner % 8 / 2;
-            const u32 left_pair = twin::block->exchanged[of_left * twin::SHOWN + row / 8 + inner / 8 * 2];
-            const u32 right_pair = twin::block->exchanged[of_right * twin::SHOWN + 4 + inner / 8];
+            const u32 of_left = row % 8 * 4 + inner % 8 / 2, of_right = column * 4 + inner % 8 / 2;
+            const u32 left_pair = shown[of_left * twin::SHOWN + row / 8 + inner / 8 * 2];
+            const u32 right_pair = shown[of_right * twin::SHOWN + 4 + inner / 8];
             sum += (double)half_of_pair<BFLOAT>(left_pair, inner % 2) * half_of_pair<BFLOAT>(right_pair, inner % 2);
         }
         sums[part] = (float)sum;
+    }
+    twin::wait(twin::AT_WARP);
+}
+
+inline void count_common_bits(i32 (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
+    const u32 *shown = shown_fragments(left, right_0, right_1);
+    for (u32 part = 0; part < 4; ++part) {
+        const u32 row = twin::lane() / 4 + part / 2 * 8, column = twin::lane() % 4 * 2 + part % 2;
+        for (u32 word = 0; word < 8; ++word) {
+            const u32 left_word = shown[(row % 8 * 4 + word % 4) * twin::SHOWN + row / 8 + word / 4 * 2];
+            const u32 right_word = shown[(column * 4 + word % 4) * twin::SHOWN + 4 + word / 4];
+            sums[part] += __builtin_popcount(left_word & right_word);
+        }
     }
     twin::wait(twin::AT_WARP);
 }
