@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,16 @@ class Llama2cTokenizer:
         return Encoding(
             tokens=np.array(merged, dtype=np.int64), end_bytes=np.cumsum(np.array(lengths, dtype=np.int64)) - 1
         )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``; those before the first byte (unknown, begin and end of a sequence) have none."""
+        found = b""
+        for token in tokens:
+            if token >= _FIRST_PIECE:
+                found += self.pieces[token]
+            elif token >= _FIRST_BYTE_TOKEN:
+                found += bytes([token - _FIRST_BYTE_TOKEN])
+        return found.decode("utf-8", errors="replace").removeprefix(" ")
 
     def _text(self, token: int) -> bytes:
         """The bytes of text that a token stands for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Encoding:
         """The tokens of ``text``."""
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``; what is no UTF-8 in it becomes the replacement character."""
+
 
 class HuggingFaceTokenizer:
     """The tokenizer in a directory in Hugging Face format.
@@ -90,6 +94,10 @@ class HuggingFaceTokenizer:
         if end_bytes.size:
             end_bytes[-1] = bytes_up_to[-1]
         return Encoding(tokens=tokens, end_bytes=end_bytes)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, without special ones."""
+        return str(self._tokenizer.decode(list(tokens)))
 
     def encode_sentence(self, text: str, maximum: int) -> NDArray[np.int64]:
         """The tokens of ``text`` with the special ones that an encoder expects around it, at most ``maximum`` in all.

@@ -334,6 +334,7 @@ def _levels(levels: Sequence[float]) -> str:
 @click.option("--kv-cache", "cache_name", metavar="CACHE", help="Format of keys and values: int-asym-w4g32, ...")
 @click.option("--compat", metavar="authors-fp16", help="BitMoD's selection in the arithmetic of its authors' script.")
 @click.option("--no-score", is_flag=True, help="Neither perplexity nor cosine: the model is not run.")
+@click.option("--swap", is_flag=True, help="Then generate with the packed layers: on a GPU, or the kernels' CPU twins.")
 @click.option("--out", type=click.Path(path_type=Path), help="New directory for the packed model and its report.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for the report alone.")
 @_text_option
@@ -349,6 +350,7 @@ def quantize(
     cache_name: str | None,
     compat: str | None,
     no_score: bool,
+    swap: bool,
     out: Path | None,
     report: Path | None,
     text_file: Path | None,
@@ -369,6 +371,7 @@ def quantize(
         quantize_model,
         score_sentence,
         summary_sentence,
+        swap_sentence,
     )
     from termwise.flow.subject import open_text
 
@@ -403,6 +406,13 @@ def quantize(
     if cache is not None and reason is not None:
         raise InputError(f"--kv-cache {cache.name}: it is measured by the perplexity, and there is none: {reason}")
     text = open_text(text_file) if reason is None or text_file is not None else None
+    if swap:
+        from termwise.gpu_ref.quantized_linear import check_format
+
+        if reason is not None or not opened.runnable:
+            raise InputError(f"--swap generates with {opened.name}: {reason or 'it predicts no tokens'}")
+        for format in [formats] if format_name is not None else formats.values():
+            check_format(format)
     request = Request(
         model=opened,
         formats=formats,
@@ -412,6 +422,7 @@ def quantize(
         cache=cache,
         out=out,
         report=report,
+        swap=swap,
     )
     total = len(opened.matrix_names) if format_name is not None else len(formats)
 
@@ -426,6 +437,8 @@ def quantize(
     console.print_table(f"{opened.name} in {request.format_name}", titles, rows, left=(0, len(titles)))
     console.print_text(summary_sentence(quality))
     console.print_text(score_sentence(document))
+    if document["swap"] is not None:
+        console.print_text(swap_sentence(document))
     for key, name in (("out", "packed model"), ("report", "report")):
         if document[key] is not None:
             console.print_text(f"{name}: {document[key]}")

@@ -291,6 +291,7 @@ def evaluate(
     calibration: Calibration | None = None,
     store: PackedModelWriter | None = None,
     wrap: Wrap | None = None,
+    told: Callable[[str, QuantizedTensor], None] = lambda _, __: None,
 ) -> Evaluation:
     """Quantize ``model`` and measure its score, where there is an ``evaluator``, with what was quantized.
 
@@ -303,6 +304,7 @@ def evaluate(
         calibration: what is measured before; needed by calibrated methods and by static scales of activations.
         store: gives the layers that an earlier run has finished, and receives every layer that is quantized now.
         wrap: may show progress over the layers.
+        told: is given every layer's name and what was quantized.
 
     Raises ``InputError`` as ``quantize`` does, and for a format whose activations need a calibration there is not.
     """
@@ -316,6 +318,7 @@ def evaluate(
             matrix = model.matrix(name)
             totals.add(matrix, tensor, layer_quality(name, matrix, tensor, output_error))
             put(name, tensor)
+            told(name, tensor)
         quality = totals.result()
         if evaluator is None:
             return Evaluation(quality=quality, score=None, reason=None)

@@ -18,6 +18,7 @@ from termwise.algorithms.files import write_text
 from termwise.algorithms.formats import Format
 from termwise.algorithms.kv_cache import KeyValueCacheFormat
 from termwise.algorithms.models import Model
+from termwise.algorithms.quantize import QuantizedTensor
 from termwise.algorithms.text import Text
 from termwise.flow.console import number
 from termwise.flow.quality import Calibration, WeightQuality, Wrap, check_calibration, evaluate, score
@@ -43,6 +44,7 @@ class Request:
         cache: format of the keys and values; None leaves them in floating point.
         out: new directory for the packed model.
         report: folder for the report; None for none but in ``out``.
+        swap: whether the model then generates with layers that stay packed, in the place of its own.
     """
 
     model: Model
@@ -53,6 +55,7 @@ class Request:
     cache: KeyValueCacheFormat | None = None
     out: Path | None = None
     report: Path | None = None
+    swap: bool = False
 
     @property
     def format_name(self) -> str:
@@ -100,6 +103,7 @@ def quantize_model(
     measure = "cosine" if encoder else "perplexity"
     evaluator: AnyEvaluator | None = None
     before: float | None = None
+    packed: dict[str, QuantizedTensor] = {}
     with ExitStack() as stack:
         writer = None
         if request.out is not None:
@@ -123,6 +127,7 @@ def quantize_model(
             calibration=request.calibration,
             store=writer,
             wrap=wrap,
+            told=packed.__setitem__ if request.swap else lambda _, __: None,
         )
         if writer is not None:
             writer.finish()
@@ -144,6 +149,13 @@ def quantize_model(
     if evaluator is not None and reason is None:
         document[measure] = {"before": before, "after": evaluation.score}
     document["score_reason"] = reason
+    document["swap"] = None
+    if request.swap:
+        from termwise.flow.swapped import generate
+
+        assert text is not None
+        say(f"{model.name} with packed layers")
+        document["swap"] = generate(model, packed, text)
     folder = request.report or (None if request.out is None else request.out / REPORT_FOLDER)
     document["report"] = None if folder is None else str(folder)
     if folder is not None:
@@ -163,6 +175,20 @@ def score_sentence(document: Mapping[str, Any]) -> str:
             before, after = number(found["before"]), number(found["after"])
             return f"{name} on {document['text']['name']}: {before} before, {after} after"
     return f"no perplexity: {document['score_reason']}"
+
+
+def swap_sentence(document: Mapping[str, Any]) -> str:
+    """What the model said with packed layers, and how far that is from the same model with dequantized weights."""
+    found = document["swap"]
+    prompt, text = (" ".join(found[key].split()) for key in ("prompt", "text"))
+    same = (
+        "the same" if found["same_tokens"] == found["tokens"] else f"{found['same_tokens']} of {found['tokens']} tokens"
+    )
+    difference = f"logits differ by {found['logit_difference']:.2g} of {found['logit_range']:.3g} at most"
+    return (
+        f"{found['layers']} packed layers on {found['device']} go on from “{prompt}” with “{text}”: {same} as with "
+        f"dequantized weights, {difference}"
+    )
 
 
 def layer_columns(quality: WeightQuality) -> tuple[list[str], list[list[str]]]:

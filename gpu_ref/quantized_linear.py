@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from termwise.algorithms.errors import InputError
-from termwise.algorithms.formats import Format, get_format
+from termwise.algorithms.formats import Format
 from termwise.algorithms.quantize import INPUT_SCALES, QuantizedTensor, quantize
 from termwise.gpu_ref.launch import check_device
 from termwise.gpu_ref.layout import FastLayout, check_codes, fast_layout, reason_against
 from termwise.gpu_ref.operands import Matrix, on_device, operands
 from termwise.gpu_ref.weight_only import weight_only, weight_only_any
 
+_TRANSPOSED = "Conv1D"
 _POINTERS = 9
 """Members of ``Matrix`` that are pointers; they come first."""
 
@@ -56,14 +57,6 @@ class QuantizedLinear(torch.nn.Module):
         self._weights = _Fast.of(tensor, device) if reason_against(tensor.format) is None else _Any.of(tensor, device)
         scales = tensor.parts.get(INPUT_SCALES)
         self._input_scales = None if scales is None else on_device(scales.astype(np.float32), device)
-
-    @classmethod
-    def from_linear(
-        cls, linear: torch.nn.Linear, format: Format | str, device: torch.device | str | None = None
-    ) -> QuantizedLinear:
-        """Quantize the weights of ``linear``; they are read as FP32. Raises ``InputError`` as ``quantize`` does."""
-        tensor = quantize(linear.weight.detach().float().cpu().numpy(), format)
-        return cls(tensor, linear.bias, linear.weight.device if device is None else device)
 
     @property
     def tensor(self) -> QuantizedTensor:
@@ -218,10 +211,12 @@ class _Any:
 
 def swap_linears(
     model: torch.nn.Module,
-    choose: Callable[[str, torch.nn.Linear], QuantizedTensor | Format | str | None],
+    choose: Callable[[str, torch.nn.Module], QuantizedTensor | Format | str | None],
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """Replace linear layers of ``model`` by quantized ones, in place, each on its layer's device.
+
+    Linear layers are ``torch.nn.Linear`` and transformers' ``Conv1D`` (GPT-2), whose weights lie transposed.
 
     Args:
         choose: from a layer's name and the layer to its packed weights or a format, or None to keep it.
@@ -232,21 +227,20 @@ def swap_linears(
     """
     replaced = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear):
+        transposed = type(module).__name__ == _TRANSPOSED
+        if not transposed and not isinstance(module, torch.nn.Linear):
             continue
         chosen = choose(name, module)
         if chosen is None:
             continue
         progress(name)
         try:
-            if isinstance(chosen, QuantizedTensor):
-                if chosen.shape != (module.out_features, module.in_features):
-                    expected = [module.out_features, module.in_features]
-                    raise InputError(f"weights {list(chosen.shape)}; expected {expected}")
-                quantized = QuantizedLinear(chosen, module.bias, module.weight.device)
-            else:
-                format = get_format(chosen) if isinstance(chosen, str) else chosen
-                quantized = QuantizedLinear.from_linear(module, format)
+            weight = module.weight.T if transposed else module.weight
+            if not isinstance(chosen, QuantizedTensor):
+                chosen = quantize(weight.detach().float().cpu().numpy(), chosen)
+            if chosen.shape != tuple(weight.shape):
+                raise InputError(f"weights {list(chosen.shape)}; expected {list(weight.shape)}")
+            quantized = QuantizedLinear(chosen, module.bias, weight.device)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         owner, _, last = name.rpartition(".")
