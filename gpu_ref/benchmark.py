@@ -1,0 +1,217 @@
+"""How fast the kernels are on a GPU, beside what else multiplies there, and beside the memory's own speed.
+
+Every time is the median of replays of a CUDA graph, so that Python is not measured, divided by the calls in it. Calls
+go round over as many copies of the weights as pass the second-level cache four times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.quantize import quantize
+from termwise.gpu_ref import exact, quantizers
+from termwise.gpu_ref.layout import ROWS, fast_layout
+from termwise.gpu_ref.weight_only import weight_only
+
+SHAPES = ((8192, 28672), (4096, 4096))
+"""Outputs and inputs: beyond any second-level cache, and a layer for which starting a kernel takes as long as it."""
+
+FORMATS = ("bitmod-w4g128", "bitmod-w3g128", "bitmod-w6g128", "olive-w4", "ant-w4g128")
+TOKENS = (1, 16, 64)
+_QUANTIZED_ROWS = 256
+_CALLS = 20
+_REPLAYS = 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel on one shape.
+
+    Attributes:
+        kernel: format, or the name of a peer.
+        outputs, inputs, tokens: of the product.
+        microseconds: median of a call.
+        spread: (largest - least) / median of the replays.
+        weight_bytes: that a call must read, scales included.
+        bytes_per_second: all bytes that a call must move, over its time.
+        share_of_peak: of the measured bandwidth of a copy.
+        against_fp16: time of cuBLAS in FP16 on the same shape over this one.
+        error: why there is no time; None where there is.
+    """
+
+    kernel: str
+    outputs: int
+    inputs: int
+    tokens: int
+    microseconds: float | None = None
+    spread: float | None = None
+    weight_bytes: int | None = None
+    bytes_per_second: float | None = None
+    share_of_peak: float | None = None
+    against_fp16: float | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy on the device."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    microseconds, _ = _time([lambda: target.copy_(source)])
+    return 2 * source.numel() / microseconds * 1e6
+
+
+def _time(calls: list[Callable[[], Any]]) -> tuple[float, float]:
+    """Median microseconds of one of ``calls``, which are replayed in turn, and the spread of the replays."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # modules are loaded, memory is allocated
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(_CALLS):
+            calls[index % len(calls)]()
+    times = []
+    graph.replay()
+    for _ in range(_REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / _CALLS)
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
+
+
+def _rotated(weight_bytes: int, device: torch.device) -> int:
+    """Copies of the weights, so that none is in the cache when its turn comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(_CALLS, -(-4 * cache // weight_bytes)))
+
+
+def _fast_calls(
+    format: str, outputs: int, inputs: int, activations: torch.Tensor
+) -> tuple[list[Callable[[], Any]], int]:
+    """Calls of the kernel of ``format``, and the bytes of weights of each: some quantized rows, again and again."""
+    device = activations.device
+    random = np.random.default_rng(0)
+    some = (random.standard_t(4, (_QUANTIZED_ROWS, inputs)) * 0.02).astype(np.float32)
+    tensor = (
+        quantizers.quantize(some, format, device=device)
+        if format.startswith(quantizers.FAMILIES)
+        else quantize(some, format)
+    )
+    layout = fast_layout(tensor)
+    times = outputs // _QUANTIZED_ROWS
+    assert outputs % _QUANTIZED_ROWS == 0
+    assert _QUANTIZED_ROWS % ROWS == 0
+    parts = [
+        torch.from_numpy(layout.codes.view(np.int32)).repeat(times, 1, 1).to(device),
+        torch.from_numpy(layout.scales.view(np.int16)).repeat(times, 1, 1).to(device),
+        torch.from_numpy(layout.tables).to(device),
+        torch.from_numpy(layout.channel_scales).repeat(times).to(device),
+    ]
+    weight_bytes = sum(part.numel() * part.element_size() for part in parts)
+    settings = (layout.kernel, inputs, layout.group_shift, layout.scale_is_half, layout.exponent)
+    copies = [parts, *([part.clone() for part in parts] for _ in range(_rotated(weight_bytes, device) - 1))]
+    return [lambda held=held: weight_only(activations, *held, *settings) for held in copies], weight_bytes  # type: ignore[misc]
+
+
+def _half_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+    """cuBLAS in FP16."""
+    weight_bytes = 2 * outputs * inputs
+    copies = [
+        torch.empty((outputs, inputs), dtype=torch.float16, device=activations.device).normal_()
+        for _ in range(_rotated(weight_bytes, activations.device))
+    ]
+    return [lambda held=held: torch.nn.functional.linear(activations, held) for held in copies], weight_bytes  # type: ignore[misc]
+
+
+def _torch_int4_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+    """torch's own kernel of 4-bit integers in groups of 128, with BF16 activations."""
+    device, group = activations.device, 128
+    inner = 8
+    given = activations.to(torch.bfloat16)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, inner)
+        return packed, torch.rand((inputs // group, outputs, 2), dtype=torch.bfloat16, device=device)
+
+    weight_bytes = outputs * inputs // 2 + 4 * outputs * inputs // group
+    copies = [make() for _ in range(_rotated(weight_bytes, device))]
+    return [
+        lambda held=held: torch.ops.aten._weight_int4pack_mm(given, held[0], group, held[1])  # type: ignore[misc]
+        for held in copies
+    ], weight_bytes
+
+
+def benchmark(device: torch.device, bandwidth: float, progress: Callable[[str], None]) -> list[Timing]:
+    """Times of the fast kernels and their peers.
+
+    A kernel that fails has an error in the place of a time; the others are measured all the same.
+    """
+    found: list[Timing] = []
+    for outputs, inputs in SHAPES:
+        for tokens in TOKENS:
+            activations = torch.empty((tokens, inputs), dtype=torch.float16, device=device).normal_()
+            baseline: float | None = None
+            makers: dict[str, Callable[[], tuple[list[Callable[[], Any]], int]]] = {
+                "cuBLAS FP16": lambda o=outputs, i=inputs, a=activations: _half_calls(o, i, a),  # type: ignore[misc]
+                "torch int4": lambda o=outputs, i=inputs, a=activations: _torch_int4_calls(o, i, a),  # type: ignore[misc]
+            }
+            for format in FORMATS:
+                makers[format] = lambda f=format, o=outputs, i=inputs, a=activations: _fast_calls(f, o, i, a)  # type: ignore[misc]
+            for kernel, make in makers.items():
+                progress(f"{kernel}, {outputs} × {inputs}, {tokens} tokens")
+                timing = Timing(kernel, outputs, inputs, tokens)
+                try:
+                    calls, weight_bytes = make()
+                    microseconds, spread = _time(calls)
+                except (RuntimeError, AttributeError) as error:
+                    found.append(replace(timing, error=str(error).partition("\n")[0]))
+                    continue
+                finally:
+                    torch.cuda.empty_cache()
+                baseline = microseconds if kernel == "cuBLAS FP16" else baseline
+                rate = (weight_bytes + 2 * tokens * (inputs + outputs)) / microseconds * 1e6
+                found.append(
+                    replace(
+                        timing,
+                        microseconds=microseconds,
+                        spread=spread,
+                        weight_bytes=weight_bytes,
+                        bytes_per_second=rate,
+                        share_of_peak=rate / bandwidth,
+                        against_fp16=None if baseline is None else baseline / microseconds,
+                    )
+                )
+    return found
+
+
+def exact_against_twin(device: torch.device) -> dict[str, float]:
+    """Seconds of the exact BitMoD kernel for 512 × 2048 weights and 32 tokens: on ``device``, and its twin."""
+    random = np.random.default_rng(0)
+    tensor = quantize((random.standard_t(4, (512, 2048)) * 0.02).astype(np.float32), "bitmod-w4g128")
+    activations = random.standard_normal((32, 2048)).astype(np.float16)
+    seconds = {}
+    for name, where in (("device", device), ("twin", torch.device("cpu"))):
+        exact.multiply(BitSerialSpec(), tensor, activations, device=where)
+        begin = time.perf_counter()
+        exact.multiply(BitSerialSpec(), tensor, activations, device=where)
+        seconds[name] = time.perf_counter() - begin
+    return seconds
