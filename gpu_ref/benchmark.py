@@ -6,6 +6,7 @@ go round over as many copies of the weights as pass the second-level cache four 
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -160,6 +161,15 @@ def _torch_int4_calls(outputs: int, inputs: int, activations: torch.Tensor) -> t
     ], weight_bytes
 
 
+def _triton_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+    """4-bit integers in groups of 128, dequantized by Triton, one token."""
+    from termwise.gpu_ref import triton_peer
+
+    weight_bytes = outputs * inputs // 2 + 2 * outputs * inputs // triton_peer.GROUP
+    copies = _rotated(weight_bytes, activations.device)
+    return list(triton_peer.calls(outputs, inputs, activations, copies)), weight_bytes
+
+
 def benchmark(device: torch.device, bandwidth: float, progress: Callable[[str], None]) -> list[Timing]:
     """Times of the fast kernels and their peers.
 
@@ -174,6 +184,8 @@ def benchmark(device: torch.device, bandwidth: float, progress: Callable[[str], 
                 "cuBLAS FP16": lambda o=outputs, i=inputs, a=activations: _half_calls(o, i, a),  # type: ignore[misc]
                 "torch int4": lambda o=outputs, i=inputs, a=activations: _torch_int4_calls(o, i, a),  # type: ignore[misc]
             }
+            if tokens == 1 and importlib.util.find_spec("triton"):
+                makers["Triton int4"] = lambda o=outputs, i=inputs, a=activations: _triton_calls(o, i, a)  # type: ignore[misc]
             for format in FORMATS:
                 makers[format] = lambda f=format, o=outputs, i=inputs, a=activations: _fast_calls(f, o, i, a)  # type: ignore[misc]
             for kernel, make in makers.items():

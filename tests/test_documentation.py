@@ -32,6 +32,15 @@ def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     assert "lm_head" in done.stdout
 
 
+def test_the_python_examples_of_other_documents_run(tmp_path: Path) -> None:
+    found = 0
+    for document in DOCUMENTS[1:]:
+        for example in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+            found += 1
+    assert found
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=shlex.join)
 def test_the_commands_that_are_shown_have_such_options(command: list[str]) -> None:
     """Every command line is parsed as the program parses it; nothing is run."""
