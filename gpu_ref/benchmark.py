@@ -127,7 +127,7 @@ def _fast_calls(
         torch.from_numpy(layout.channel_scales).repeat(times).to(device),
     ]
     weight_bytes = sum(part.numel() * part.element_size() for part in parts)
-    settings = (layout.kernel, inputs, layout.group_shift, layout.scale_is_half, layout.exponent)
+    settings = (layout.kernel, inputs, layout.group_shift, layout.type_mask, layout.exponent)
     copies = [parts, *([part.clone() for part in parts] for _ in range(_rotated(weight_bytes, device) - 1))]
     return [lambda held=held: weight_only(activations, *held, *settings) for held in copies], weight_bytes  # type: ignore[misc]
 

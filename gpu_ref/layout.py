@@ -130,9 +130,9 @@ class FastLayout:
         return WHOLE_ROW_SHIFT if group is None else (group // LEAST_GROUP).bit_length() - 1
 
     @property
-    def scale_is_half(self) -> bool:
-        """Whether scales are FP16 numbers whose sign names the type; else they are of 8 bits, the type above."""
-        return self.format.family != "bitmod"
+    def type_mask(self) -> int:
+        """1 where the last bit of an FP16 scale is the upper bit of its type: BitMoD's scales leave it free."""
+        return int(self.format.family == "bitmod")
 
     def parts(self) -> dict[str, NDArray[Any]]:
         """The packed arrays: of the shapes and types of ``format.layout``, equal to those that the layout came from."""
@@ -143,12 +143,13 @@ class FastLayout:
             "codes": pack(np.ascontiguousarray(codes[:outputs, :inputs]), self.format.weight_bits)
         }
         scales = self.scales.transpose(0, 2, 1).reshape(-1, groups)[:outputs]
-        if self.scale_is_half:
-            found["scales"] = (scales & 0x7FFF).astype(np.uint16).view(np.float16)
-            chosen = (scales >> 15).astype(np.uint8)
-        else:
-            found["group_scales"], chosen = (scales & 0xFF).astype(np.uint8), (scales >> 8).astype(np.uint8)
+        halves = (scales & (0x7FFF - self.type_mask)).astype(np.uint16).view(np.float16)
+        chosen = (scales >> 15 | (scales & self.type_mask) << 1).astype(np.uint8)
+        if self.format.family == "bitmod":
+            found["group_scales"] = halves.astype(np.uint8)
             found["channel_scales"] = self.channel_scales
+        else:
+            found["scales"] = halves
         if self.format.selector_bits:
             found["selectors"] = pack(np.ascontiguousarray(chosen), self.format.selector_bits)
         if self.format.type_per_matrix:
@@ -186,14 +187,14 @@ def fast_layout(tensor: QuantizedTensor) -> FastLayout:
         codes[tile] = _scatter(padded, bits)
     scales = np.zeros((row_tiles * ROWS, groups), dtype=np.uint16)
     if format.family == "bitmod":
-        scales[:outputs] = tensor.parts["group_scales"].astype(np.uint16)
+        scales[:outputs] = tensor.parts["group_scales"].astype(np.float16).view(np.uint16)
         channels = tensor.parts["channel_scales"].astype(np.float32, copy=False)
     else:
         scales[:outputs] = tensor.parts["scales"].astype(np.float16, copy=False).view(np.uint16)
         channels = np.ones(outputs, dtype=np.float32)
     if format.selector_bits:
         chosen = unpack(tensor.parts["selectors"].astype(np.uint8, copy=False), format.selector_bits, groups)
-        scales[:outputs] |= chosen.astype(np.uint16) << (8 if format.family == "bitmod" else 15)
+        scales[:outputs] |= (chosen & 1).astype(np.uint16) << 15 | chosen >> 1
     matrix_type = int(tensor.parts["matrix_type"][0].astype(int)) if format.type_per_matrix else 0
     tables = Tables(values=np.zeros((MOST_TYPES, _TABLE_BYTES), dtype=np.uint8), exponent=0)
     if bits != 6:

@@ -62,6 +62,13 @@ __device__ inline float fused_multiply_add(float factor, float other, float adde
     return __fmaf_rn(factor, other, addend);
 }
 
+// Four bytes of eight, each chosen by the lower three bits of a nibble of the selector; the nibbles' upper bits are 0.
+__device__ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    u32 found;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(low), "r"(high), "r"(selector));
+    return found;
+}
+
 // Four 32-bit words, read once: past the first-level cache.
 struct alignas(16) Quad {
     u32 word[4];
@@ -411,14 +418,13 @@ inline float fused_multiply_add(float factor, float other, float addend) {
     return __builtin_fmaf(factor, other, addend);
 }
 
-inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
     const u64 bytes = (u64)high << 32 | low;
     u32 found = 0;
     for (u32 place = 0; place < 4; ++place) {
         const u32 chosen = selector >> 4 * place & 15;
-        u32 byte = bytes >> 8 * (chosen & 7) & 255;
-        if (chosen & 8) byte = byte & 128 ? 255 : 0;
-        found |= byte << 8 * place;
+        // With an upper bit a GPU replicates the byte's sign, which no kernel means: all ones show in every result.
+        found |= (chosen & 8 ? 255 : (u32)(bytes >> 8 * chosen) & 255) << 8 * place;
     }
     return found;
 }

@@ -170,7 +170,7 @@ class _Fast:
 
     def multiply(self, activations: torch.Tensor) -> torch.Tensor:
         layout = self.layout
-        settings = (layout.kernel, layout.shape[1], layout.group_shift, layout.scale_is_half, layout.exponent)
+        settings = (layout.kernel, layout.shape[1], layout.group_shift, layout.type_mask, layout.exponent)
         found: torch.Tensor = weight_only(activations, *self.tensors, *settings)
         return found
 

@@ -6,7 +6,8 @@
 //   codes     a tile of 16 rows by 128 inputs is what one warp reads at a time. Lane (r = lane / 4, q = lane % 4) has of
 //             the rows r and r + 8 the inputs 32 w + 8 q + i of the tile, w = 0..3, i = 0..7: 2 x 32 codes, in 2 x BITS
 //             words. Words are stored [tile of rows][tile of inputs][vector][lane][words of a vector].
-//   scales    of every group the 16 rows of a tile: 16 bits each, scale and data type. [tile of rows][group][16].
+//   scales    of every group the 16 rows of a tile: FP16 numbers, whose sign is the lower bit of the data type; the upper
+//             one is the last bit of a BitMoD scale, which has 8 bits of the 11. [tile of rows][group][16].
 //   tables    of every data type the levels as upper bytes of FP16 numbers: PRMT finds four at a time.
 //
 // A lane's codes of row r and r + 8 are then fragments of the left operand of mma.m16n8k16, activations those of the
@@ -31,12 +32,12 @@ struct FastArguments {
     const float *channel_scales;  // [rows]
     const u16 *activations;       // FP16 or BF16, [tokens, padded inputs], zeros behind the inputs; 16-byte aligned
     void *results;                // [tokens, rows]
-    i64 tokens;
     i64 padded_inputs;            // a multiple of TILE_INPUTS
+    i32 tokens;
     i32 rows;
     i32 groups;
     i32 group_shift;              // inputs of a group are 32 << group_shift; 30 where a row is one group
-    i32 scale_is_half;            // a scale of FP16 whose sign names the type, or one of 8 bits with the type above
+    i32 type_mask;                // 1 where the last bit of a scale is the upper one of its type; 0 where it is its own
     i32 output_kind;
     float unit;                   // of what the tables hold
 };
@@ -61,8 +62,8 @@ __device__ inline void store(void *results, i64 place, float value, i32 kind) {
 
 // Four upper bytes to two words of two numbers each.
 template <bool BFLOAT> __device__ inline void widen(u32 bytes, u32 &first, u32 &second) {
-    first = __byte_perm(bytes, 0, 0x1404);
-    second = __byte_perm(bytes, 0, 0x3424);
+    first = permute_bytes(bytes, 0, 0x1404);
+    second = permute_bytes(bytes, 0, 0x3424);
     if (BFLOAT) {  // the same sign, exponent and upper two bits of the significand, times 2^-112
         first = (first & 0x80008000u) | (first >> 3 & 0x0fe00fe0u);
         second = (second & 0x80008000u) | (second >> 3 & 0x0fe00fe0u);
@@ -71,7 +72,7 @@ template <bool BFLOAT> __device__ inline void widen(u32 bytes, u32 &first, u32 &
 
 // Bytes of four codes of 4 bits from a table of 16.
 __device__ inline u32 look_up(const u32 (&table)[4], u32 codes, u32 upper) {
-    return __byte_perm(__byte_perm(table[0], table[1], codes), __byte_perm(table[2], table[3], codes), upper);
+    return permute_bytes(permute_bytes(table[0], table[1], codes), permute_bytes(table[2], table[3], codes), upper);
 }
 
 // Numbers of eight codes, in order, two in a word.
@@ -98,8 +99,8 @@ template <bool BFLOAT> struct Decoder<4, true, BFLOAT> {
         const u32 outliers = (victims << 4 & 0x80808080u) | (victims >> 4 & 0x08080808u);
         const u32 codes = word & 0x77777777u, upper = (word >> 1 & 0x44444444u) | 0x32103210u;
         const u32 chosen = (outliers >> 1) | 0x32103210u;
-        const u32 low = __byte_perm(look_up(normal, codes, upper), look_up(outlier, codes, upper), chosen);
-        const u32 high = __byte_perm(
+        const u32 low = permute_bytes(look_up(normal, codes, upper), look_up(outlier, codes, upper), chosen);
+        const u32 high = permute_bytes(
             look_up(normal, codes >> 16, upper >> 16), look_up(outlier, codes >> 16, upper >> 16), chosen >> 16);
         widen<BFLOAT>(low, found[0], found[1]);
         widen<BFLOAT>(high, found[2], found[3]);
@@ -114,8 +115,8 @@ template <bool BFLOAT> struct Decoder<3, false, BFLOAT> {
         const u32 codes = index < 3
             ? words[index < 3 ? index : 0] & 0x77777777u
             : (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
-        widen<BFLOAT>(__byte_perm(table[0], table[1], codes), found[0], found[1]);
-        widen<BFLOAT>(__byte_perm(table[0], table[1], codes >> 16), found[2], found[3]);
+        widen<BFLOAT>(permute_bytes(table[0], table[1], codes), found[0], found[1]);
+        widen<BFLOAT>(permute_bytes(table[0], table[1], codes >> 16), found[2], found[3]);
     }
 };
 
@@ -182,37 +183,51 @@ __device__ inline void multiply_rows(const FastArguments &arguments) {
     __shared__ float partial[WARPS][TOKEN_TILES][4][WARP_LANES];
     const u32 lane = threadIdx.x % WARP_LANES, quarter = lane % 4;
     const i32 warp = threadIdx.x / WARP_LANES;
-    const i64 first_token = (i64)blockIdx.y * TOKEN_TILES * 8;
+    const i32 first_token = blockIdx.y * TOKEN_TILES * 8, token_of_lane = first_token + lane / 4;
     const i32 tiles = (i32)(arguments.padded_inputs / TILE_INPUTS);
     const i64 tile_words = 2 * BITS * WARP_LANES;
     if (threadIdx.x < MOST_TYPES * 4) tables[threadIdx.x / 4][threadIdx.x % 4] = arguments.tables[threadIdx.x];
     __syncthreads();
 
+    const u32 *codes = arguments.codes + (i64)blockIdx.x * tiles * tile_words;
+    const u16 *scales_of_lane = arguments.scales + (i64)blockIdx.x * arguments.groups * ROWS + lane / 4;
+    const u16 *activations =
+        arguments.activations + token_of_lane * arguments.padded_inputs + quarter * 8;  // read where there is a token
     RowDecoder decoders[2] = {};
     float scales[2] = {0.0f, 0.0f};
     float sums[TOKEN_TILES][4] = {}, results[TOKEN_TILES][4] = {};
     i32 group = -1;
-    const u32 *codes = arguments.codes + (i64)blockIdx.x * tiles * tile_words;
     Words<BITS> next = {};
-    if (warp < tiles) next.load(codes + warp * tile_words, lane);
+    u32 next_scales[2] = {0, 0};
+    if (warp < tiles) {
+        next.load(codes + warp * tile_words, lane);
+        const i32 first_group = min((warp * 4) >> arguments.group_shift, arguments.groups - 1);
+        for (int half = 0; half < 2; ++half) next_scales[half] = scales_of_lane[(i64)first_group * ROWS + 8 * half];
+    }
     for (i32 tile = warp; tile < tiles; tile += WARPS) {
-        const Words<BITS> words = next;  // those of the next tile are on their way meanwhile
-        if (tile + WARPS < tiles) next.load(codes + (tile + WARPS) * tile_words, lane);
+        // Words and scales of the next tile are on their way while those of this one are used.
+        const Words<BITS> words = next;
+        u32 found[2] = {next_scales[0], next_scales[1]};
+        if (tile + WARPS < tiles) {
+            next.load(codes + (tile + WARPS) * tile_words, lane);
+            const i32 next_group = min(((tile + WARPS) * 4) >> arguments.group_shift, arguments.groups - 1);
+            for (int half = 0; half < 2; ++half) next_scales[half] = scales_of_lane[(i64)next_group * ROWS + 8 * half];
+        }
         UNROLL for (int index = 0; index < 4; ++index) {
             const i32 group_here = min((tile * 4 + index) >> arguments.group_shift, arguments.groups - 1);
             if (group_here != group) {
                 group = group_here;
                 for (int token = 0; token < TOKEN_TILES; ++token) {
                     for (int part = 0; part < 4; ++part) {
-                        results[token][part] = fused_multiply_add(sums[token][part], scales[part / 2], results[token][part]);
+                        results[token][part] =
+                            fused_multiply_add(sums[token][part], scales[part / 2], results[token][part]);
                         sums[token][part] = 0.0f;
                     }
                 }
                 for (int half = 0; half < 2; ++half) {
-                    const i64 place = ((i64)blockIdx.x * arguments.groups + group) * ROWS + lane / 4 + 8 * half;
-                    const u32 found = arguments.scales[place];
-                    const u32 type = arguments.scale_is_half ? found >> 15 : found >> 8;
-                    scales[half] = arguments.scale_is_half ? half_to_float(found & 0x7fff) : (float)(found & 255);
+                    if (index) found[half] = scales_of_lane[(i64)group * ROWS + 8 * half];
+                    const u32 type = found[half] >> 15 | (found[half] & arguments.type_mask) << 1;
+                    scales[half] = half_to_float((u16)(found[half] & 0x7fffu & ~arguments.type_mask));
                     for (int part = 0; part < 4 * RowDecoder::TABLES; ++part)
                         decoders[half].table[part] = tables[PAIRS ? part / 4 : type][part % 4];
                 }
@@ -223,12 +238,10 @@ __device__ inline void multiply_rows(const FastArguments &arguments) {
             const u32 first[4] = {upper[0], lower[0], upper[1], lower[1]};
             const u32 second[4] = {upper[2], lower[2], upper[3], lower[3]};
             UNROLL for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
-                const i64 token = first_token + token_tile * 8 + lane / 4;
                 Quad inputs = {};
-                if (token < arguments.tokens)
+                if (token_of_lane + token_tile * 8 < arguments.tokens)
                     inputs = *reinterpret_cast<const Quad *>(
-                        arguments.activations + token * arguments.padded_inputs + (i64)tile * TILE_INPUTS + index * 32 +
-                        quarter * 8);
+                        activations + token_tile * 8 * arguments.padded_inputs + tile * TILE_INPUTS + index * 32);
                 multiply_tiles<BFLOAT>(sums[token_tile], first, inputs.word[0], inputs.word[1]);
                 multiply_tiles<BFLOAT>(sums[token_tile], second, inputs.word[2], inputs.word[3]);
             }
@@ -243,11 +256,11 @@ __device__ inline void multiply_rows(const FastArguments &arguments) {
         const u32 token_tile = place / (4 * WARP_LANES), part = place / WARP_LANES % 4, of_lane = place % WARP_LANES;
         float sum = 0.0f;
         for (int of_warp = 0; of_warp < WARPS; ++of_warp) sum = sum + partial[of_warp][token_tile][part][of_lane];
-        const i64 row = (i64)blockIdx.x * ROWS + of_lane / 4 + part / 2 * 8;
-        const i64 token = first_token + token_tile * 8 + of_lane % 4 * 2 + part % 2;
+        const i32 row = (i32)(blockIdx.x * ROWS + of_lane / 4 + part / 2 * 8);
+        const i32 token = first_token + (i32)(token_tile * 8 + of_lane % 4 * 2 + part % 2);
         if (row < arguments.rows && token < arguments.tokens)
             store(
-                arguments.results, token * arguments.rows + row,
+                arguments.results, (i64)token * arguments.rows + row,
                 sum * arguments.unit * arguments.channel_scales[row], arguments.output_kind);
     }
 }
@@ -258,7 +271,7 @@ constexpr int CHUNK = 64;
 }  // namespace
 
 #define WEIGHT_ONLY(name, bits, pairs, bfloat, token_tiles)                               \
-    ENTRY void __launch_bounds__(256) name(const FastArguments arguments) {               \
+    ENTRY void __launch_bounds__(32 * WARPS, token_tiles < 8 ? 3 : 1) name(const FastArguments arguments) {               \
         multiply_rows<bits, pairs, bfloat, token_tiles>(arguments);                       \
     }                                                                                     \
     KERNEL(name, FastArguments)

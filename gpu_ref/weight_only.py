@@ -39,8 +39,8 @@ class FastArguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("codes", "scales", "tables", "channel_scales", "activations", "results")
         ),
-        *((name, ctypes.c_int64) for name in ("tokens", "padded_inputs")),
-        *((name, ctypes.c_int32) for name in ("rows", "groups", "group_shift", "scale_is_half", "output_kind")),
+        ("padded_inputs", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("tokens", "rows", "groups", "group_shift", "type_mask", "output_kind")),
         ("unit", ctypes.c_float),
     ]
 
@@ -76,7 +76,7 @@ def weight_only(
     kernel: str,
     inputs: int,
     group_shift: int,
-    scale_is_half: bool,
+    type_mask: int,
     exponent: int,
 ) -> torch.Tensor:
     """activations · weightsᵀ on tensor cores.
@@ -90,7 +90,7 @@ def weight_only(
         kernel: ``FastLayout.kernel``.
         inputs: of the matrix.
         group_shift: log2 of the inputs of a group / 32.
-        scale_is_half: whether scales are FP16.
+        type_mask: 1 where the last bit of a scale belongs to its type.
         exponent: of the tables.
 
     Returns: [..., outputs], of the activations' type. Raises ``InputError`` for activations that do not fit.
@@ -111,12 +111,12 @@ def weight_only(
     power = 0 if kernel.endswith(str(_INTEGER_BITS)) else (_BFLOAT_EXPONENT if bfloat else 0) - exponent
     arguments = FastArguments(
         *(held.data_ptr() for held in (codes, scales, tables, channel_scales, rows, results)),
-        tokens,
         padded,
+        tokens,
         outputs,
         scales.shape[1],
         group_shift,
-        scale_is_half,
+        type_mask,
         _OUTPUT_KINDS[activations.dtype],
         2.0**power,
     )
@@ -135,7 +135,7 @@ def _(
     kernel: str,  # noqa: ARG001
     inputs: int,  # noqa: ARG001
     group_shift: int,  # noqa: ARG001
-    scale_is_half: bool,  # noqa: ARG001
+    type_mask: int,  # noqa: ARG001
     exponent: int,  # noqa: ARG001
 ) -> torch.Tensor:
     return activations.new_empty((*activations.shape[:-1], channel_scales.shape[0]))
