@@ -186,6 +186,31 @@ def test_address_sanitizer_finds_nothing_in_the_exact_kernels(tmp_path: Path) ->
     assert done.stdout.strip() == "clean"
 
 
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing_in_the_other_kernels(tmp_path: Path) -> None:
+    script = _SANITIZED + (
+        "import numpy as np, torch\n"
+        "from termwise.algorithms.quantize import quantize\n"
+        "from termwise.gpu_ref import QuantizedLinear, quantizers\n"
+        "from termwise.gpu_ref.bit_planes import bit_planes, multiply\n"
+        "random = np.random.default_rng(0)\n"
+        "for outputs, inputs, tokens in ((1, 1, 1), (17, 131, 9), (33, 256, 66)):\n"
+        "    weights = random.standard_t(4, (outputs, inputs)).astype(np.float32)\n"
+        "    for format in ('bitmod-w3g32', 'bitmod-w4', 'bitmod-w6g64', 'olive-w4', 'int-asym-w5g16', 'nvfp4'):\n"
+        "        layer = QuantizedLinear(quantize(weights, format))\n"
+        "        for type in (torch.float16, torch.bfloat16):\n"
+        "            layer(torch.ones((tokens, inputs), dtype=type))\n"
+        "    for format in ('bitmod-w3g32', 'bitmod-w6', 'olive-w4', 'olive-w8g16'):\n"
+        "        quantizers.quantize(weights, format)\n"
+        "    codes = torch.ones((outputs, inputs), dtype=torch.uint8)\n"
+        "    multiply(bit_planes(codes, 3, 'signed'), bit_planes(codes[:tokens], 2, 'unsigned'))\n"
+        "print('clean')\n"
+    )
+    done = _with_address_sanitizer(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "clean"
+
+
 def test_address_sanitizer_finds_a_write_behind_the_end(tmp_path: Path) -> None:
     script = (
         "import ctypes, os, subprocess\n"

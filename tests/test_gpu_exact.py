@@ -22,6 +22,7 @@ from termwise.algorithms.outlier_victim import OutlierVictimSpec, PairCoder
 from termwise.algorithms.processing_element import ProcessingElementSpec, UnsupportedFormatError
 from termwise.algorithms.quantize import QuantizedTensor, quantize
 from termwise.gpu_ref import exact
+from termwise.gpu_ref.launch import launch
 from termwise.sim import functional
 
 DEVICES = [
@@ -213,6 +214,17 @@ class TestRefusals:
         tokens = _all_outliers(quantize(weights, "olive-w8"))
         with pytest.raises(InputError, match="int32 accumulator"):
             exact.multiply_integers(spec, largest, tokens)
+
+    def test_a_gpu_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old one")
+        with pytest.raises(InputError, match=r"an old one has compute capability 7.5; expected 8.0 or more"):
+            exact.multiply(PAPER, quantize(weights_of(1, 2, 16), "int-w4"), activations_of(1, 1, 16), device="cuda")
+
+    def test_more_blocks_than_a_grid_has(self) -> None:
+        with pytest.raises(InputError, match="expected at most"):
+            launch("fp16_mac", "fp16_mac", exact.HalfArguments(), (1, 65536), (16, 16), torch.device("cpu"))
 
     def test_devices_without_kernels(self) -> None:
         tensor, activations = quantize(weights_of(1, 2, 16), "int-w4"), activations_of(1, 1, 16)
