@@ -20,7 +20,7 @@ from termwise.flow import console
 from termwise.flow.figures import STYLE, save
 from termwise.flow.records import to_json
 from termwise.flow.synthesis import Synthesizer, baseline_of, baseline_path, yosys_version
-from termwise.rtl.synthesis import TARGETS, fits
+from termwise.rtl.synthesis import TARGETS, Target, fits
 from termwise.rtl.units import UNITS, Unit
 
 SEEDS = 3
@@ -47,8 +47,14 @@ def collect(folder: Path, workers: int) -> dict[tuple[str, str], dict[str, Any]]
     }
     wanted = [(unit, TARGETS[target]) for unit in UNITS.values() for target in REPORT_TARGETS]
     wanted = [item for item in wanted if fits(*item)]
-    # Short ones first: an interrupted run has lost little.
-    wanted.sort(key=lambda item: (item[0].kind == "array", item[0].kind == "array" and item[1].name == "ecp5"))
+
+    def place(item: tuple[Unit, Target]) -> tuple[bool, bool, bool]:
+        unit, target = item
+        array = unit.kind == "array"
+        return array, array and target.name == "ecp5", not unit.has_memories
+
+    # Short ones first: an interrupted run has lost little. The longest, the accelerator, before the other long ones.
+    wanted.sort(key=place)
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda item: synthesizers[item[0].kind].figures(*item), wanted)
         results = list(console.progress(found, total=len(wanted), label="synthesis", unit="unit"))
@@ -159,13 +165,13 @@ def draw(found: Figures, folder: Path) -> None:
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
         left.barh(names, [per_product(found, name, "ecp5", "lut") for name in names], color="#4477aa")
-        left.set_xlabel("ECP5 LUTs per product and cycle, without DSPs")
+        left.set_xlabel("ECP5 LUTs per product and cycle,\nwithout DSPs")
         left.invert_yaxis()
         clocks = [found[name, "ecp5"] for name in names]
         right.barh(names, [entry["fmax_mhz"] for entry in clocks], color="#66ccee")
         for place, entry in enumerate(clocks):
             right.plot(entry["fmax_mhz_range"], [place, place], color="black", linewidth=1.5)
-        right.set_xlabel(f"ECP5 clock (MHz), median and range of {SEEDS} seeds")
+        right.set_xlabel(f"ECP5 clock (MHz),\nmedian and range of {SEEDS} seeds")
         save(figure, folder, "processing-elements")
 
         figure = Figure(figsize=(8.2, 2.9), layout="constrained")
@@ -175,13 +181,16 @@ def draw(found: Figures, folder: Path) -> None:
         bars |= {
             f"{unit.name}": found[unit.name, "asic"]["parts"] for unit in UNITS.values() if unit.name.endswith("_4x4")
         }
-        palette = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#222255", "#999933")
+        palette = (
+            *("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#222255", "#999933"),
+            *("#bbbbbb", "#e69f00", "#8a4fc4", "#0a7f83", "#7f3b08", "#c7e9c0"),
+        )
         colour: dict[str, str] = {}
         for row, parts in enumerate(bars.values()):
             begin = 0.0
             for name, share in sorted(parts.items(), key=lambda item: -item[1]):
                 known = name if share >= 0.02 or name in colour else "what is below 2 %"
-                colour.setdefault(known, palette[len(colour) % len(palette)])
+                colour.setdefault(known, palette[len(colour)])
                 axes.barh(row, share, left=begin, color=colour[known], edgecolor="white", linewidth=0.4)
                 begin += share
         axes.set_yticks(range(len(bars)), list(bars))
