@@ -6,7 +6,9 @@ go round over as many copies of the weights as pass the second-level cache four 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from termwise.algorithms.bit_serial import BitSerialSpec
+from termwise.algorithms.errors import TermwiseError
 from termwise.algorithms.quantize import quantize
 from termwise.gpu_ref import exact, quantizers
 from termwise.gpu_ref.layout import ROWS, fast_layout
@@ -27,6 +30,8 @@ SHAPES = ((8192, 28672), (4096, 4096))
 
 FORMATS = ("bitmod-w4g128", "bitmod-w3g128", "bitmod-w6g128", "olive-w4", "ant-w4g128")
 TOKENS = (1, 16, 64)
+BASELINE = "cuBLAS FP16"
+TRITON = "Triton int4"
 _QUANTIZED_ROWS = 256
 _CALLS = 20
 _REPLAYS = 30
@@ -104,19 +109,16 @@ def _rotated(weight_bytes: int, device: torch.device) -> int:
     return max(1, min(_CALLS, -(-4 * cache // weight_bytes)))
 
 
-def _fast_calls(
-    format: str, outputs: int, inputs: int, activations: torch.Tensor
-) -> tuple[list[Callable[[], Any]], int]:
+Calls = list[Callable[[torch.Tensor], torch.Tensor]]
+"""Products with copies of one matrix, of FP16 activations [tokens, inputs]."""
+
+
+def _fast_calls(format: str, outputs: int, inputs: int, device: torch.device) -> tuple[Calls, int]:
     """Calls of the kernel of ``format``, and the bytes of weights of each: some quantized rows, again and again."""
-    device = activations.device
     random = np.random.default_rng(0)
     some = (random.standard_t(4, (_QUANTIZED_ROWS, inputs)) * 0.02).astype(np.float32)
-    tensor = (
-        quantizers.quantize(some, format, device=device)
-        if format.startswith(quantizers.FAMILIES)
-        else quantize(some, format)
-    )
-    layout = fast_layout(tensor)
+    on_gpu = format.startswith(quantizers.FAMILIES)
+    layout = fast_layout(quantizers.quantize(some, format, device=device) if on_gpu else quantize(some, format))
     times = outputs // _QUANTIZED_ROWS
     assert outputs % _QUANTIZED_ROWS == 0
     assert _QUANTIZED_ROWS % ROWS == 0
@@ -129,45 +131,53 @@ def _fast_calls(
     weight_bytes = sum(part.numel() * part.element_size() for part in parts)
     settings = (layout.kernel, inputs, layout.group_shift, layout.type_mask, layout.exponent)
     copies = [parts, *([part.clone() for part in parts] for _ in range(_rotated(weight_bytes, device) - 1))]
-    return [lambda held=held: weight_only(activations, *held, *settings) for held in copies], weight_bytes  # type: ignore[misc]
+    return [functools.partial(_fast, held, settings) for held in copies], weight_bytes
 
 
-def _half_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+def _fast(held: list[torch.Tensor], settings: tuple[Any, ...], activations: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = weight_only(activations, *held, *settings)
+    return found
+
+
+def _half_calls(outputs: int, inputs: int, device: torch.device) -> tuple[Calls, int]:
     """cuBLAS in FP16."""
     weight_bytes = 2 * outputs * inputs
     copies = [
-        torch.empty((outputs, inputs), dtype=torch.float16, device=activations.device).normal_()
-        for _ in range(_rotated(weight_bytes, activations.device))
+        torch.empty((outputs, inputs), dtype=torch.float16, device=device).normal_()
+        for _ in range(_rotated(weight_bytes, device))
     ]
-    return [lambda held=held: torch.nn.functional.linear(activations, held) for held in copies], weight_bytes  # type: ignore[misc]
+    return [functools.partial(torch.nn.functional.linear, weight=held) for held in copies], weight_bytes
 
 
-def _torch_int4_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+def _torch_int4_calls(outputs: int, inputs: int, device: torch.device) -> tuple[Calls, int]:
     """torch's own kernel of 4-bit integers in groups of 128, with BF16 activations."""
-    device, group = activations.device, 128
-    inner = 8
-    given = activations.to(torch.bfloat16)
-
-    def make() -> tuple[torch.Tensor, torch.Tensor]:
+    group, inner = 128, 8
+    weight_bytes = outputs * inputs // 2 + 4 * outputs * inputs // group
+    calls: Calls = []
+    for _ in range(_rotated(weight_bytes, device)):
         codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, inner)
-        return packed, torch.rand((inputs // group, outputs, 2), dtype=torch.bfloat16, device=device)
-
-    weight_bytes = outputs * inputs // 2 + 4 * outputs * inputs // group
-    copies = [make() for _ in range(_rotated(weight_bytes, device))]
-    return [
-        lambda held=held: torch.ops.aten._weight_int4pack_mm(given, held[0], group, held[1])  # type: ignore[misc]
-        for held in copies
-    ], weight_bytes
+        scales = torch.rand((inputs // group, outputs, 2), dtype=torch.bfloat16, device=device)
+        calls.append(functools.partial(_torch_int4, packed, scales, group))
+    return calls, weight_bytes
 
 
-def _triton_calls(outputs: int, inputs: int, activations: torch.Tensor) -> tuple[list[Callable[[], Any]], int]:
+def _torch_int4(packed: torch.Tensor, scales: torch.Tensor, group: int, activations: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm(activations.view(torch.bfloat16), packed, group, scales)
+    return found
+
+
+def _triton_calls(outputs: int, inputs: int, device: torch.device) -> tuple[Calls, int]:
     """4-bit integers in groups of 128, dequantized by Triton, one token."""
     from termwise.gpu_ref import triton_peer
 
     weight_bytes = outputs * inputs // 2 + 2 * outputs * inputs // triton_peer.GROUP
-    copies = _rotated(weight_bytes, activations.device)
-    return list(triton_peer.calls(outputs, inputs, activations, copies)), weight_bytes
+    calls: Calls = []
+    for _ in range(_rotated(weight_bytes, device)):
+        codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+        scales = torch.rand((outputs, inputs // triton_peer.GROUP), device=device).half()
+        calls.append(functools.partial(triton_peer.multiply, codes=codes, scales=scales))
+    return calls, weight_bytes
 
 
 def benchmark(device: torch.device, bandwidth: float, progress: Callable[[str], None]) -> list[Timing]:
@@ -175,43 +185,59 @@ def benchmark(device: torch.device, bandwidth: float, progress: Callable[[str], 
 
     A kernel that fails has an error in the place of a time; the others are measured all the same.
     """
+    makers: dict[str, Callable[[int, int, torch.device], tuple[Calls, int]]] = {
+        BASELINE: _half_calls,
+        "torch int4": _torch_int4_calls,
+    }
+    if importlib.util.find_spec("triton"):
+        makers[TRITON] = _triton_calls
+    makers |= {format: functools.partial(_fast_calls, format) for format in FORMATS}
     found: list[Timing] = []
-    for outputs, inputs in SHAPES:
-        for tokens in TOKENS:
+    for (outputs, inputs), (kernel, make) in itertools.product(SHAPES, makers.items()):
+        progress(f"{kernel}, {outputs} × {inputs}")
+        calls: Calls = []
+        weight_bytes = 0
+        error: Exception | None = None
+        try:
+            calls, weight_bytes = make(outputs, inputs, device)
+        except (RuntimeError, AttributeError, TermwiseError) as refusal:
+            error = refusal
+        for tokens in TOKENS if kernel != TRITON else (1,):
+            timing = Timing(kernel, outputs, inputs, tokens)
             activations = torch.empty((tokens, inputs), dtype=torch.float16, device=device).normal_()
-            baseline: float | None = None
-            makers: dict[str, Callable[[], tuple[list[Callable[[], Any]], int]]] = {
-                "cuBLAS FP16": lambda o=outputs, i=inputs, a=activations: _half_calls(o, i, a),  # type: ignore[misc]
-                "torch int4": lambda o=outputs, i=inputs, a=activations: _torch_int4_calls(o, i, a),  # type: ignore[misc]
-            }
-            if tokens == 1 and importlib.util.find_spec("triton"):
-                makers["Triton int4"] = lambda o=outputs, i=inputs, a=activations: _triton_calls(o, i, a)  # type: ignore[misc]
-            for format in FORMATS:
-                makers[format] = lambda f=format, o=outputs, i=inputs, a=activations: _fast_calls(f, o, i, a)  # type: ignore[misc]
-            for kernel, make in makers.items():
-                progress(f"{kernel}, {outputs} × {inputs}, {tokens} tokens")
-                timing = Timing(kernel, outputs, inputs, tokens)
-                try:
-                    calls, weight_bytes = make()
-                    microseconds, spread = _time(calls)
-                except (RuntimeError, AttributeError) as error:
-                    found.append(replace(timing, error=str(error).partition("\n")[0]))
-                    continue
-                finally:
-                    torch.cuda.empty_cache()
-                baseline = microseconds if kernel == "cuBLAS FP16" else baseline
-                rate = (weight_bytes + 2 * tokens * (inputs + outputs)) / microseconds * 1e6
-                found.append(
-                    replace(
-                        timing,
-                        microseconds=microseconds,
-                        spread=spread,
-                        weight_bytes=weight_bytes,
-                        bytes_per_second=rate,
-                        share_of_peak=rate / bandwidth,
-                        against_fp16=None if baseline is None else baseline / microseconds,
-                    )
+            try:
+                if error is not None:
+                    raise error
+                microseconds, spread = _time([functools.partial(call, activations) for call in calls])
+            except (RuntimeError, AttributeError, TermwiseError) as refusal:
+                found.append(replace(timing, error=str(refusal).partition("\n")[0]))
+                continue
+            rate = (weight_bytes + 2 * tokens * (inputs + outputs)) / microseconds * 1e6
+            found.append(
+                replace(
+                    timing,
+                    microseconds=microseconds,
+                    spread=spread,
+                    weight_bytes=weight_bytes,
+                    bytes_per_second=rate,
+                    share_of_peak=rate / bandwidth,
                 )
+            )
+        calls.clear()
+        torch.cuda.empty_cache()
+    return against_baseline(found)
+
+
+def against_baseline(timings: list[Timing]) -> list[Timing]:
+    """The timings with their ratio to cuBLAS on the same shape, where both have a time."""
+    known = {(entry.outputs, entry.inputs, entry.tokens): entry for entry in timings if entry.kernel == BASELINE}
+    found = []
+    for entry in timings:
+        baseline = known.get((entry.outputs, entry.inputs, entry.tokens))
+        ratio = None
+        if baseline is not None and baseline.microseconds is not None and entry.microseconds is not None:
+            ratio = baseline.microseconds / entry.microseconds
+        found.append(replace(entry, against_fp16=ratio))
     return found
 
 

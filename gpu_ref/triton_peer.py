@@ -5,8 +5,6 @@ Imported where Triton is installed, alone. One token; symmetric integers stored 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -45,15 +43,3 @@ def multiply(activations: torch.Tensor, codes: torch.Tensor, scales: torch.Tenso
     results = torch.empty((1, outputs), dtype=torch.float16, device=activations.device)
     _multiply[(outputs // _ROWS,)](activations, codes, scales, results, inputs, ROWS=_ROWS, COLUMNS=GROUP)
     return results
-
-
-def calls(outputs: int, inputs: int, activations: torch.Tensor, copies: int) -> list[Callable[[], torch.Tensor]]:
-    """Calls of ``multiply`` with as many random matrices."""
-    device = activations.device
-
-    def make() -> Callable[[], torch.Tensor]:
-        codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
-        scales = torch.rand((outputs, inputs // GROUP), device=device).half()
-        return lambda: multiply(activations, codes, scales)
-
-    return [make() for _ in range(copies)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from termwise.gpu_ref import build, checks
+from termwise.gpu_ref import benchmark, build, checks
+from termwise.gpu_ref.benchmark import BASELINE, Timing, against_baseline
 from termwise.gpu_ref.run import draw_roofline, main, report, sanitize
 
 
@@ -72,6 +74,41 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_a_sanitizer_that_is_missing_is_skipped_and_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert sanitize("memcheck")["status"] == "skipped"
+
+
+def test_every_kernel_of_the_benchmark_is_called_and_a_refusal_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with a clock that is made up: what is measured on a GPU is the same calls."""
+
+    def called(calls: list[Callable[[], torch.Tensor]]) -> tuple[float, float]:
+        for call in calls:
+            assert call().shape[1] == 256
+        return 2.0, 0.0
+
+    monkeypatch.setattr(benchmark, "_time", called)
+    monkeypatch.setattr(benchmark, "_rotated", lambda *_: 2)
+    monkeypatch.setattr(benchmark, "SHAPES", ((256, 384),))
+    monkeypatch.setattr(benchmark, "FORMATS", (*benchmark.FORMATS, "nf4-w4g64"))
+    found = benchmark.benchmark(torch.device("cpu"), 1e9, lambda _: None)
+    timed = {entry.kernel for entry in found if entry.error is None}
+    assert timed >= {BASELINE, "bitmod-w4g128", "bitmod-w3g128", "bitmod-w6g128", "olive-w4", "ant-w4g128"}
+    (refusal, *_) = [entry.error for entry in found if entry.kernel == "nf4-w4g64"]
+    assert refusal is not None
+    assert "more than three significant bits" in refusal
+    fast = next(entry for entry in found if entry.kernel == "bitmod-w4g128" and entry.tokens == 1)
+    # 4 bits of a code, 16 of 128 weights for scale and type, a channel's scale, the tables.
+    assert fast.weight_bytes == 256 * 384 // 2 + 256 * 3 * 2 + 256 * 4 + 64
+
+
+def test_ratios_are_to_the_baseline_of_the_same_shape() -> None:
+    timings = [
+        Timing(BASELINE, 64, 128, 1, microseconds=6.0),
+        Timing(BASELINE, 64, 128, 16, error="no"),
+        Timing("bitmod-w4g128", 64, 128, 1, microseconds=2.0),
+        Timing("bitmod-w4g128", 64, 128, 16, microseconds=2.0),
+        Timing("bitmod-w4g128", 64, 256, 1, microseconds=2.0),
+        Timing("torch int4", 64, 128, 1, error="no such kernel"),
+    ]
+    assert [entry.against_fp16 for entry in against_baseline(timings)] == [1.0, None, 3.0, None, None, None]
 
 
 def test_the_report_of_times_tells_errors_from_times(tmp_path: Path) -> None:
