@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from termwise.algorithms.bit_serial import BitSerialSpec
 from termwise.algorithms.errors import InputError, MissingToolError
 from termwise.algorithms.formats import get_format
+from termwise.algorithms.models import open_model
+from termwise.algorithms.outlier_victim import OutlierVictimSpec
 from termwise.algorithms.quantize import QuantizedTensor, quantize
-from termwise.gpu_ref import QuantizedLinear, swap_linears
+from termwise.gpu_ref import QuantizedLinear, exact, quantizers, swap_linears
 from termwise.gpu_ref.layout import TILE_INPUTS, fast_layout, level_tables, reason_against
 from termwise.gpu_ref.weight_only import weight_only_any
+from termwise.sim import functional
 
 DEVICES = [
     "cpu",
@@ -265,3 +270,23 @@ class TestSwap:
         tensor = quantize(weights_of(1, 8, 64), "int-w4g32")
         with pytest.raises(InputError, match=r"^0: weights \[8, 64\]; expected \[32, 64\]"):
             swap_linears(self._model(), lambda *_: tensor)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["gpt2-124m-attn", "minilm-l6-v2", "tiny-llm-13m-block"])
+def test_layers_of_real_models(name: str, device: str, shared: Path) -> None:
+    """Some rows of every matrix of the first block: linear layers, the exact BitMoD kernel, and the quantizers."""
+    model = open_model(shared / "models" / name)
+    for index, matrix_name in enumerate(model.matrix_names[:6]):
+        weights = np.ascontiguousarray(model.matrix(matrix_name)[:48], dtype=np.float32)
+        format = ("bitmod-w4g128", "bitmod-w3g128", "olive-w4")[index % 3]
+        tensor = quantizers.quantize(weights, format, device=device)
+        for part, expected in quantize(weights, format).parts.items():
+            assert np.array_equal(tensor.parts[part], expected), (matrix_name, part)
+        activations = activations_of(index, 3, weights.shape[1], torch.float16)
+        assert_within_bound(QuantizedLinear(tensor, device=device)(activations.to(device)), activations, tensor)
+        spec = OutlierVictimSpec() if format == "olive-w4" else BitSerialSpec()
+        found = exact.multiply(spec, tensor, activations.numpy(), device=device)
+        wanted = functional.multiply(spec, tensor, activations.numpy())
+        assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32)), matrix_name
